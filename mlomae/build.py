@@ -1,0 +1,72 @@
+"""From a configuration to the three levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlomae.config import Config, LevelConfig
+from mlomae.data.loader import LevelLoaders
+from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
+from mlomae.distributed.engine import Engine, TorchEngine
+from mlomae.distributed.env import World
+from mlomae.levels import HeadLevel, Level, MaskLevel, PretrainLevel
+from mlomae.models.head import ClassifierHead
+from mlomae.models.mae import MaskedAutoencoder
+from mlomae.models.masking import build_masking_network
+from mlomae.models.selection import MaskPolicy
+from mlomae.random import stream_seed
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a run; ``head`` and ``mask`` are None for policies that do not learn."""
+
+    pretrain: PretrainLevel
+    head: HeadLevel | None
+    mask: MaskLevel | None
+
+    def by_name(self) -> dict[str, Level[Any]]:
+        named = {"pretrain": self.pretrain, "head": self.head, "mask": self.mask}
+        return {name: level for name, level in named.items() if level is not None}
+
+
+def build_levels(
+    config: Config, loaders: LevelLoaders, world: World, ds_config: dict[str, Any] | None
+) -> Levels:
+    """Models with seeded weights, their engines, and the levels around them.
+
+    Args:
+        ds_config: a checked DeepSpeed configuration, or None for plain torch engines.
+    """
+
+    def engine(module: nn.Module, rates: LevelConfig) -> Engine:
+        module.to(world.device)
+        if ds_config is None:
+            return TorchEngine(module, rates)
+        return DeepSpeedEngine(module, rates, ds_config, world)
+
+    model, grid = config.model, config.model.grid
+    # One generator state per module: the autoencoder starts from the same weights under every policy.
+    torch.manual_seed(stream_seed(config.seed, "init", "pretrain"))
+    autoencoder = MaskedAutoencoder(model)
+    embed_dim = autoencoder.encoder.embed_dim
+    policy = MaskPolicy(config.masking, grid, config.num_keep, config.seed)
+    if not config.masking.learns:
+        lower = PretrainLevel(
+            engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, None
+        )
+        return Levels(lower, None, None)
+
+    assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None
+    torch.manual_seed(stream_seed(config.seed, "init", "head"))
+    classifier = ClassifierHead(embed_dim, loaders.num_classes)
+    torch.manual_seed(stream_seed(config.seed, "init", "mask"))
+    network = build_masking_network(config.masking, grid, embed_dim)
+    lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, network)
+    middle = HeadLevel(engine(classifier, config.head), loaders.head, config.head, config)
+    upper = MaskLevel(engine(network, config.mask), loaders.mask, config, lower, middle)
+    return Levels(lower, middle, upper)

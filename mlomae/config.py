@@ -1,0 +1,311 @@
+"""The typed configuration tree of one run; every check that needs no data or device lives here.
+
+A run is a YAML file (a *recipe*) plus dotted overrides. The recipe owns batch sizes, learning rates,
+schedules and clipping; a DeepSpeed config owns ZeRO, communication and precision
+(``mlomae.distributed.ds_config``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlomae.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Arch = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+Policy = Literal["learned", "random", "fixed", "weighted-random", "block"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Encoder and decoder of the masked autoencoder."""
+
+    arch: Arch = Field("vit_base", description="encoder size; the state dict is a timm ViT's")
+    img_size: Positive | tuple[Positive, Positive] = Field(224, description="side, or [height, width]")
+    patch_size: Positive = 16
+    in_chans: Positive = 3
+    decoder_dim: Positive = 512
+    decoder_depth: Positive = 8
+    decoder_heads: Positive = 16
+    norm_pix: bool = Field(True, description="normalise each target patch (MAE)")
+    pool: Literal["cls", "mean"] = Field("cls", description="feature read by the head and by evaluation")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if any(side % self.patch_size for side in self.size):
+            raise ValueError(
+                f"img_size {self.size} is not divisible by patch_size {self.patch_size}; "
+                "choose a patch size that divides both sides"
+            )
+        if self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}"
+            )
+        if self.decoder_dim % 4:
+            raise ValueError(f"decoder_dim {self.decoder_dim} is not a multiple of 4 (sin-cos positions)")
+        return self
+
+
+class MaskingConfig(Section):
+    """How patches are chosen for removal, and with which weights they are scored."""
+
+    policy: Policy = Field(
+        "learned",
+        description="learned | random (plain MAE) | fixed (one position mask for all images) | "
+        "weighted-random (random selection, learned weights) | block (contiguous blocks)",
+    )
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of patches removed")
+    network: Literal["token", "mlp"] = Field(
+        "token", description="token: small shared convolutional head; mlp: flattened tokens (paper)"
+    )
+    hidden: Positive = Field(64, description="hidden width of the masking network (paper's mlp: 512)")
+    logit_bound: float = Field(4.0, gt=0, description="scores stay within plus/minus this bound")
+    selection: Literal["gumbel", "topk"] = Field(
+        "gumbel", description="gumbel: perturbed top-k; topk: lowest scores kept (paper)"
+    )
+    temperature: float = Field(1.0, gt=0, description="scale of the Gumbel noise on the scores")
+    random_share: Share = Field(0.0, description="share of images in a batch that get a random mask")
+
+    @property
+    def learns(self) -> bool:
+        """Whether this policy trains a masking network (and so needs the head and mask levels)."""
+        return self.policy in ("learned", "weighted-random")
+
+
+class DataConfig(Section):
+    """Where images come from and how the three disjoint sets are made."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "folder", "shards"] = "digits"
+    path: Path | None = Field(None, description="folder of the data set (not needed for digits)")
+    download: bool = Field(False, description="let torchvision download cifar10/cifar100 into path")
+    heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of training images for the mask level")
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share split off for testing where the data set has no test part"
+    )
+    split_seed: int = Field(0, ge=0, description="seed of the train / held-out / test split")
+    augment: Literal["none", "shift", "crop-flip", "resized-crop"] = Field(
+        "none",
+        description="shift: 1-pixel translation; crop-flip: pad, crop, flip (CIFAR); "
+        "resized-crop: RandomResizedCrop(0.2, 1) and flip (MAE)",
+    )
+    workers: int = Field(0, ge=0, description="loader processes per level; 0 loads in the main process")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.dataset != "digits" and self.path is None:
+            raise ValueError(f"path is missing; dataset {self.dataset!r} needs the folder that holds it")
+        return self
+
+
+class LevelConfig(Section):
+    """Optimisation of one level: AdamW, linear warm-up, then cosine decay to ``min_lr``."""
+
+    batch_size: Positive = Field(256, description="global batch, summed over ranks")
+    lr: NonNegative = 1e-3
+    min_lr: NonNegative = 0.0
+    warmup: Share = Field(0.05, description="share of the run spent in linear warm-up")
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip: NonNegative = Field(0.0, description="global gradient norm limit; 0 switches clipping off")
+
+    @model_validator(mode="after")
+    def _check(self) -> LevelConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if any(beta >= 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must be below 1")
+        return self
+
+
+class PretrainConfig(LevelConfig):
+    """Level 1: the masked autoencoder."""
+
+    unroll_steps: Positive = Field(2, description="pretrain steps per outer iteration (K)")
+
+
+class HeadConfig(LevelConfig):
+    """Level 2: the classifier on the encoder's features."""
+
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+
+
+class MaskConfig(LevelConfig):
+    """Level 3: the masking network, driven by the hypergradient."""
+
+    lr: NonNegative = 1e-3
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    # A hypergradient carries the factor lr(pretrain) / batch: an ordinary 1e-8 would damp the step.
+    eps: float = Field(1e-12, gt=0)
+
+
+class HypergradientConfig(Section):
+    """Finite-difference influence (method: forward-only central difference)."""
+
+    radius: float = Field(1e-4, gt=0, lt=1, description="length of the perturbation relative to ||theta||")
+
+
+class EvalConfig(Section):
+    """Final evaluation on the test set."""
+
+    batch_size: Positive = 256
+    knn_k: Positive = 10
+
+
+class Config(Section):
+    """One run."""
+
+    seed: int = Field(0, ge=0)
+    iterations: Positive = Field(200, description="outer iterations: K pretrain steps, head step, mask step")
+    levels: Literal[2, 3] = Field(3, description="2 leaves the head's best response out of the hypergradient")
+    run_dir: Path = Field(Path("runs/default"), description="folder that receives everything the run leaves")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: Positive = 10
+    checkpoint_every: Positive = 100
+    picture_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    head: HeadConfig = HeadConfig()
+    mask: MaskConfig = MaskConfig()
+    hypergradient: HypergradientConfig = HypergradientConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def num_keep(self) -> int:
+        """Patches kept per image: int(L * (1 - ratio)), guarded against float truncation."""
+        return int(self.model.num_patches * (1 - self.masking.ratio) + 1e-9)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        patches = self.model.num_patches
+        if not 0 < self.num_keep < patches:
+            raise ValueError(
+                f"masking.ratio {self.masking.ratio} keeps {self.num_keep} of {patches} patches; "
+                "at least one must be kept and one removed"
+            )
+        return self
+
+
+# Fields that may change when a run directory is resumed: none of them changes what is computed.
+RESUMABLE_CHANGES = {
+    "run_dir", "device", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
+    "data.path", "data.download", "data.workers",
+}  # fmt: skip
+
+
+def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
+    """Reads a recipe, applies dotted overrides (values in YAML syntax) and validates the tree.
+
+    Raises:
+        UserError: one line naming the file or field, what was found and what would be right.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(f"--config {path}: found {type(loaded).__name__}, expected a mapping of fields")
+        tree = loaded or {}
+    for key, text in overrides.items():
+        _assign(tree, key, text)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML that ``load_config`` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} → {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _assign(tree: dict[str, Any], key: str, text: str) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{key}: {text!r} is not a YAML value") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--{key}: {parent!r} is a value in the recipe, not a section")
+    node[leaf] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a validation error as ``field: what was found, what would be right``."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"] if not _is_union_tag(part)]
+    field = ".".join(names) or "config"
+    if first["type"] == "extra_forbidden":
+        known = _fields_of_section(names[:-1])
+        near = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}"
+    if first["type"] == "value_error":
+        return f"{field}: {first['ctx']['error']}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{field}: {message}, found {first['input']!r}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("int", "constrained-int"))
+
+
+def _fields_of_section(names: list[str]) -> list[str]:
+    section: Any = Config
+    for name in names:
+        annotation = section.model_fields[name].annotation
+        if get_origin(annotation) in (Union, UnionType):
+            annotation = get_args(annotation)[0]
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,119 @@
+"""The train, held-out and test sets: who belongs where, and the proof that they do not overlap.
+
+Membership is a stable hash of the sample's key and the split seed, so it is the same on every
+machine and for every world size, and adding samples moves none of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlomae.config import DataConfig
+from mlomae.data.sources import Dataset, PartFiles
+from mlomae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Index sets (int64 [n], ascending) into the training part of a data set."""
+
+    train: Tensor
+    heldout: Tensor
+    test: Tensor | None  # None: the data set has a test part of its own
+
+
+def make_splits(dataset: Dataset, data: DataConfig) -> Splits:
+    """Splits the training part and verifies that nothing overlaps.
+
+    Raises:
+        UserError: a set is empty (names the fraction to change), or two sets overlap.
+    """
+    keys = dataset.train.keys
+    test = torch.zeros(len(keys), dtype=torch.bool)
+    if dataset.open_test is None:
+        test = _draw(keys, f"{data.split_seed}/test", data.test_fraction)
+    heldout = _draw(keys, f"{data.split_seed}/heldout", data.heldout_fraction) & ~test
+    splits = Splits(
+        train=(~test & ~heldout).nonzero().flatten(),
+        heldout=heldout.nonzero().flatten(),
+        test=test.nonzero().flatten() if dataset.open_test is None else None,
+    )
+    if splits.test is not None and not len(splits.test):
+        raise UserError(
+            f"data.test_fraction: {data.test_fraction} leaves no test image of {len(keys)}; raise it"
+        )
+    for name, part, change in (("held-out", splits.heldout, "raise"), ("training", splits.train, "lower")):
+        if not len(part):
+            found = f"{data.heldout_fraction} leaves no {name} image of {len(keys)}"
+            raise UserError(f"data.heldout_fraction: {found}; {change} it or add images")
+    verify_disjoint(splits, keys)
+    if dataset.files is not None:
+        verify_files(*dataset.files)
+    return splits
+
+
+def verify_disjoint(splits: Splits, keys: Sequence[str]) -> None:
+    """Raises UserError when one sample key occurs in two of the index sets."""
+    owner: dict[str, str] = {}
+    for name, indices in (("train", splits.train), ("held-out", splits.heldout), ("test", splits.test)):
+        for index in indices.tolist() if indices is not None else ():
+            first = owner.setdefault(keys[index], name)
+            if first != name:
+                raise UserError(
+                    f"data: sample {keys[index]} is in the {first} and the {name} set; keys must be unique"
+                )
+
+
+def verify_files(train: PartFiles, test: PartFiles) -> None:
+    """Raises UserError when a test file is a training file, by link or by content; decodes nothing.
+
+    Contents are compared where sizes are equal and, for images, where the names are too.
+    """
+    try:
+        pair = _find_same(train, test)
+    except OSError as error:
+        raise UserError(f"data.path: {error.filename} cannot be read ({error.strerror})") from None
+    if pair is not None:
+        raise UserError(
+            f"data.path: test file {pair[1]} is the training file {pair[0]}; keep the parts apart"
+        )
+
+
+def _find_same(train: PartFiles, test: PartFiles) -> tuple[Path, Path] | None:
+    digest = cache(_digest)
+    owners: dict[tuple[int, int], Path] = {}
+    twins: defaultdict[tuple[int, str], list[Path]] = defaultdict(list)
+    for name in train.names:
+        path = train.root / name
+        stat = path.stat()
+        owners[stat.st_dev, stat.st_ino] = path
+        twins[stat.st_size, "" if train.shards else name].append(path)
+    for name in test.names:
+        path = test.root / name
+        stat = path.stat()
+        if (owner := owners.get((stat.st_dev, stat.st_ino))) is not None:
+            return owner, path
+        for twin in twins.get((stat.st_size, "" if test.shards else name), ()):
+            if digest(twin) == digest(path):
+                return twin, path
+    return None
+
+
+def _draw(keys: Sequence[str], stream: str, fraction: float) -> Tensor:
+    """bool [N]: the samples whose hash, read as a number in [0, 1), lies below ``fraction``."""
+    limit = int(fraction * 2**64)
+    digests = (hashlib.blake2s(f"{stream}/{key}".encode(), digest_size=8).digest() for key in keys)
+    return torch.tensor([int.from_bytes(digest, "big") < limit for digest in digests], dtype=torch.bool)
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(2**20)).digest()

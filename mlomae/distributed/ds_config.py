@@ -1,0 +1,90 @@
+"""DeepSpeed configuration files: what they may say, and how a level's own keys are added.
+
+A ds_config owns ZeRO, communication and precision; the recipe owns batch sizes, rates, schedules and
+clipping. A key in the wrong place is an error, because DeepSpeed would let it win silently.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlomae.config import LevelConfig
+from mlomae.errors import UserError
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "<level>.batch_size",
+    "train_micro_batch_size_per_gpu": "<level>.batch_size",
+    "gradient_accumulation_steps": "<level>.batch_size",
+    "optimizer": "<level>.lr, weight_decay, betas, eps",
+    "scheduler": "<level>.lr, min_lr, warmup",
+    "gradient_clipping": "<level>.clip",
+    "steps_per_print": "log_every",
+}
+ALLOWED = {
+    "zero_optimization",
+    "torch_autocast",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "dump_state",
+}
+PRECISION_HINT = (
+    "would cast the weights, which swallows the finite-difference perturbation; "
+    'use "torch_autocast": {"enabled": true, "dtype": "bfloat16"}, which keeps them float32'
+)
+SUPPORTED_STAGES = (0, 1, 2)
+
+
+def load_ds_config(path: Path) -> dict[str, Any]:
+    """Reads and checks a DeepSpeed configuration file.
+
+    Raises:
+        UserError: unreadable, not JSON, a key the recipe owns, an ``auto`` value, or a ZeRO stage or
+            precision that the hypergradient cannot use.
+    """
+    where = f"--deepspeed_config {path}"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: found {type(config).__name__}, expected an object")
+    for key in config:
+        if key in OWNED_BY_RECIPE:
+            raise UserError(f"{where}: {key} belongs in the recipe ({OWNED_BY_RECIPE[key]}); remove it here")
+        if key in ("bf16", "fp16"):
+            raise UserError(f"{where}: {key} {PRECISION_HINT}")
+        if key not in ALLOWED:
+            raise UserError(f"{where}: unknown key {key}; allowed: {', '.join(sorted(ALLOWED))}")
+    _refuse_auto(config, where)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in SUPPORTED_STAGES:
+        raise UserError(f"{where}: zero_optimization.stage is {stage!r}, supported are 0, 1 and 2")
+    return config
+
+
+def merge(ds_config: dict[str, Any], level: LevelConfig, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of one level: the file's keys and the recipe's."""
+    return {
+        **ds_config,
+        "train_batch_size": level.batch_size,
+        "train_micro_batch_size_per_gpu": level.batch_size // world_size,
+        "gradient_accumulation_steps": 1,
+        # Written out: DeepSpeed's own default clips at 1.0.
+        "gradient_clipping": level.clip,
+        "steps_per_print": 10**9,
+    }
+
+
+def _refuse_auto(node: Any, where: str, field: str = "") -> None:
+    if node == "auto":
+        raise UserError(f'{where}: {field} is "auto", which DeepSpeed replaces silently; write the value')
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        _refuse_auto(child, where, f"{field}.{key}".lstrip("."))

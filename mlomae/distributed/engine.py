@@ -1,0 +1,133 @@
+"""An engine owns the module and the optimizer of one level; this file holds the plain torch one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlomae.config import LevelConfig
+from mlomae.distributed import collectives
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's per-parameter state."""
+# Scale and shift vectors and learned tokens are not decayed (He et al. 2022).
+NOT_DECAYED = ("cls_token", "mask_token", "pos_embed")
+
+
+class Engine(Protocol):
+    """What a level needs. Every method is called on all ranks together.
+
+    Attributes:
+        module: the bare module, for evaluations outside the level's own step. Gradients taken
+            through it are this rank's alone.
+        grad_norm: norm of the last step's gradient before clipping, None before the first.
+    """
+
+    module: nn.Module
+    grad_norm: Tensor | float | None
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """The module's output in the engine's precision, for a loss given to ``descend``."""
+
+    def descend(self, loss: Tensor, lr: float) -> None:
+        """Backward, mean of the gradients over ranks, clipping, one optimizer step."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A fresh context with the engine's precision, for evaluations through ``module``."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights and optimizer state as full tensors by name, independent of sharding."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what ``state_dict`` returned, on any number of ranks."""
+
+
+def build_adamw(module: nn.Module, config: LevelConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only.
+
+    Args:
+        module: its trainable parameters are optimised.
+        config: rates of the level.
+    """
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in NOT_DECAYED
+            (plain if exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters that receive gradients."""
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+class TorchEngine:
+    """Plain data parallelism in float32: replicated weights, gradients averaged after backward."""
+
+    def __init__(self, module: nn.Module, config: LevelConfig) -> None:
+        self.module = module
+        self.optimizer = build_adamw(module, config)
+        self.clip = config.clip
+        self.grad_norm: Tensor | None = None
+        self._parameters = [parameter for _, parameter in trainable(module)]
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        output: Tensor = self.module(*inputs)
+        return output
+
+    def descend(self, loss: Tensor, lr: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        for parameter, gradient in zip(self._parameters, collectives.average(gradients), strict=True):
+            parameter.grad = gradient
+        self.grad_norm = nn.utils.get_total_norm(gradients)
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, self.grad_norm)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
+        step = torch.zeros(())
+        for name, parameter in trainable(self.module):
+            moments = self.optimizer.state.get(parameter)
+            if moments:
+                step = moments["step"]
+                state.update({f"{key}.{name}": moments[key] for key in MOMENTS})
+        return {**state, "step": step}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(weights_of(state))
+        if not state["step"]:
+            self.optimizer.state.clear()
+            return
+        for name, parameter in trainable(self.module):
+            self.optimizer.state[parameter] = {
+                "step": state["step"].clone(),
+                **{key: state[f"{key}.{name}"].to(parameter, copy=True) for key in MOMENTS},
+            }
+
+
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The module's own state dict out of an engine's."""
+    return {name.removeprefix("weight."): t for name, t in state.items() if name.startswith("weight.")}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

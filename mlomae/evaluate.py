@@ -1,0 +1,102 @@
+"""How good is the encoder? k-nearest neighbours and a linear probe on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlomae.config import Config
+from mlomae.data.loader import LevelLoaders
+from mlomae.distributed import collectives
+from mlomae.distributed.env import World
+
+Array = np.ndarray
+# Inverse regularisation strengths tried on the held-out set; the test set takes no part in the choice.
+PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+PROBE_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features [N, D] and labels [N] of one part."""
+
+    features: Array
+    labels: Array
+
+
+def evaluate_features(
+    encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, config: Config, world: World
+) -> dict[str, float] | None:
+    """Test accuracy of features from all training images; called on every rank.
+
+    Args:
+        encode: images [B, C, H, W] → features [B, D], on the world's device.
+
+    Returns:
+        ``knn_accuracy`` and ``linear_accuracy`` in [0, 1] on rank 0, None elsewhere.
+    """
+    parts = [_features(encode, loaders, part, world) for part in ("train", "heldout", "test")]
+    train, heldout, test = parts
+    if train is None or heldout is None or test is None:
+        return None
+    return {
+        "knn_accuracy": knn_accuracy(_join(train, heldout), test, config.eval.knn_k),
+        "linear_accuracy": linear_accuracy(train, heldout, test),
+    }
+
+
+def knn_accuracy(train: FeatureSet, test: FeatureSet, k: int) -> float:
+    """Cosine k-nearest-neighbour accuracy, neighbours weighted by inverse distance."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(min(k, len(train.labels)), weights="distance", metric="cosine")
+    classifier.fit(train.features, train.labels)
+    return float(classifier.score(test.features, test.labels))
+
+
+def linear_accuracy(train: FeatureSet, heldout: FeatureSet, test: FeatureSet) -> float:
+    """Accuracy of a logistic regression on standardised features.
+
+    The regularisation is chosen on the held-out set, then the probe is fitted on both.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fit(strength: float, part: FeatureSet):  # type: ignore[no-untyped-def]  # sklearn has no types
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=PROBE_ITERATIONS))
+        return probe.fit(part.features, part.labels)
+
+    best = max(PROBE_STRENGTHS, key=lambda c: fit(c, train).score(heldout.features, heldout.labels))
+    return float(fit(best, _join(train, heldout)).score(test.features, test.labels))
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The baseline without an encoder: [B, C, H, W] → [B, C*H*W]."""
+    return images.flatten(1)
+
+
+@torch.no_grad()
+def _features(
+    encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, part: str, world: World
+) -> FeatureSet | None:
+    """One part's features on rank 0; every rank computes its share of the batches."""
+    rows: list[tuple[Array, Array]] = []
+    for number, batch in enumerate(loaders.evaluation(part)):
+        if number % world.size == world.rank:
+            assert batch.labels is not None
+            features = encode(batch.images.to(world.device)).float().cpu().numpy()
+            rows.append((features, batch.labels.numpy()))
+    gathered = collectives.gather_object(rows)
+    if gathered is None:
+        return None
+    flat = [row for rank_rows in gathered for row in rank_rows]
+    return FeatureSet(np.concatenate([f for f, _ in flat]), np.concatenate([y for _, y in flat]))
+
+
+def _join(a: FeatureSet, b: FeatureSet) -> FeatureSet:
+    return FeatureSet(np.concatenate([a.features, b.features]), np.concatenate([a.labels, b.labels]))

@@ -1,0 +1,61 @@
+"""Running means and finiteness checks that stay on the device between log lines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlomae.distributed import collectives
+from mlomae.errors import UserError
+
+
+class Meters:
+    """Averages scalars over the iterations since the last read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Adds one iteration's 0-dim tensors; no host synchronisation."""
+        for name, value in scalars.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
+        self._count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means over iterations and ranks, by name; resets. One host read."""
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[name].to(torch.float64) for name in names]) / self._count
+        (mean,) = collectives.average([stacked])
+        self._sums, self._count = {}, 0
+        return dict(zip(names, mean.tolist(), strict=True))
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first iteration at which a level's loss was not finite."""
+
+    def __init__(self) -> None:
+        self._first_bad: dict[str, Tensor] = {}
+
+    def watch(self, level: str, iteration: int, loss: Tensor) -> None:
+        """Notes whether ``loss`` (0-dim) is finite; no host synchronisation."""
+        never = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=loss.device)
+        seen = torch.where(torch.isfinite(loss), never, torch.full_like(never, iteration))
+        self._first_bad[level] = torch.minimum(self._first_bad.get(level, never), seen)
+
+    def check(self) -> None:
+        """Stops every rank if any rank saw a loss that is not finite.
+
+        Raises:
+            UserError: naming the level and the iteration that went wrong first.
+        """
+        levels = sorted(self._first_bad)
+        if not levels:
+            return
+        first = -collectives.maximum(-torch.stack([self._first_bad[level] for level in levels]))
+        step, position = first.min(dim=0)
+        if int(step) < torch.iinfo(torch.int64).max:
+            raise UserError(
+                f"{levels[int(position)]}.lr: the {levels[int(position)]} loss is not finite at iteration "
+                f"{int(step)}; the last checkpoint is kept; a lower rate or {levels[int(position)]}.clip may help"
+            )

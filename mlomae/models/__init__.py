@@ -1,0 +1,1 @@
+"""Networks of the three levels: masked autoencoder, classifier head, masking network."""

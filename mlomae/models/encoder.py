@@ -1,0 +1,87 @@
+"""The ViT encoder: a timm ``VisionTransformer`` that can be run on a subset of its patches.
+
+Letters: B batch, L patches, K kept patches, D width.
+"""
+
+from __future__ import annotations
+
+import mlomae_kernels
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+# (embed_dim, depth, num_heads); all but vit_micro are timm's sizes of that name.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "vit_micro": (96, 4, 4),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_huge": (1280, 32, 16),
+}
+
+
+class ViTEncoder(VisionTransformer):
+    """Encoder whose state dict is that of the timm ViT of the same size (``num_classes=0``).
+
+    Positions are fixed sin-cos tables stored in timm's ``pos_embed`` (He et al. 2022, app. A.1), so
+    any patch grid works, square or not.
+    """
+
+    def __init__(self, arch: str, img_size: tuple[int, int], patch_size: int, in_chans: int) -> None:
+        embed_dim, depth, num_heads = SIZES[arch]
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=0,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            weight_init="skip",
+        )
+        self.pos_embed.requires_grad_(False)
+        self.pos_embed.copy_(sincos_positions(self.patch_embed.grid_size, embed_dim, prefix=1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        # MAE initialises the patch projection as if it were a linear layer.
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
+        self.apply(init_linear)
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encodes the kept patches, or all of them.
+
+        Args:
+            images: [B, C, H, W].
+            ids_keep: [B, K] indices of the kept patches; None keeps all in order.
+
+        Returns:
+            [B, 1 + K, D] normalised tokens, CLS first.
+        """
+        tokens = self.patch_embed(images)
+        if ids_keep is None:
+            x = self._pos_embed(tokens)
+        else:
+            cls_token = self.cls_token + self.pos_embed[:, :1]
+            x = mlomae_kernels.patch_gather(tokens, self.pos_embed[:, 1:], ids_keep, cls_token)
+        return self.norm(self.blocks(x))
+
+
+def pool_features(tokens: Tensor, pool: str) -> Tensor:
+    """[B, 1 + L, D] encoder tokens → [B, D]: the CLS token, or the mean of the patch tokens."""
+    return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+def sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:
+    """Two-dimensional sin-cos table [1, prefix + L, dim]; zeros for the prefix tokens."""
+    table = build_sincos2d_pos_embed(list(grid), dim)
+    return torch.cat([table.new_zeros(prefix, dim), table])[None]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer (He et al. 2022)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,74 @@
+"""The masked autoencoder: encoder on the kept patches, light decoder on all of them.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
+Letters: B batch, L patches, K kept patches, D encoder width, E decoder width, P values per patch.
+"""
+
+from __future__ import annotations
+
+import mlomae_kernels
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mlomae.config import ModelConfig
+from mlomae.models.encoder import ViTEncoder, init_linear, sincos_positions
+from mlomae.models.selection import PatchSelection
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of every patch from the latent of the kept ones."""
+
+    def __init__(self, config: ModelConfig, embed_dim: int) -> None:
+        super().__init__()
+        width = config.decoder_dim
+        self.embed = nn.Linear(embed_dim, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(sincos_positions(config.grid, width, prefix=1), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, config.patch_size**2 * config.in_chans)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.apply(init_linear)
+
+    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """[B, 1 + K, D] latent and [B, L] inverse permutation → [B, L, P] predicted patches."""
+        x = mlomae_kernels.patch_scatter(self.embed(latent), self.mask_token, ids_restore, self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, 1:]))
+
+
+class MaskedAutoencoder(nn.Module):
+    """Level 1's module: its output is the reconstruction error of every removed patch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.norm_pix = config.norm_pix
+        self.encoder = ViTEncoder(config.arch, config.size, config.patch_size, config.in_chans)
+        self.decoder = Decoder(config, self.encoder.embed_dim)
+
+    def reconstruct(self, images: Tensor, selection: PatchSelection) -> Tensor:
+        """Predicted patches [B, L, P] (normalised per patch when ``norm_pix`` is set)."""
+        latent = self.encoder(images, selection.ids_keep)
+        return self.decoder(latent, selection.ids_restore)
+
+    def forward(self, images: Tensor, selection: PatchSelection) -> Tensor:
+        """Per-patch errors.
+
+        Args:
+            images: [B, C, H, W], normalised.
+            selection: which patches are kept.
+
+        Returns:
+            float32 [B, L] (float64 for float64 input): mean squared error of each removed patch, 0 at kept ones.
+        """
+        prediction = self.reconstruct(images, selection)
+        # The loss is taken in the images' precision, whatever autocast did to the prediction.
+        prediction = prediction.to(images.dtype)
+        return mlomae_kernels.masked_patch_loss(
+            prediction, images, selection.mask, self.patch_size, self.norm_pix
+        )

@@ -1,0 +1,107 @@
+"""Mask policies: which patches of a batch are removed.
+
+Every policy turns into one sort key per patch; the ``num_keep`` lowest keys are kept. Noise comes
+from counters (``mlomae.random``), so a selection can be repeated exactly and does not depend on how
+many ranks share the batch. Letters: B batch, L patches, K kept patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlomae_kernels
+import torch
+from torch import Tensor
+
+from mlomae.config import MaskingConfig
+from mlomae.random import counter_uniform, stream_seed
+
+NUM_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class PatchSelection:
+    """The patches kept in each image of a batch.
+
+    Attributes:
+        ids_keep: int64 [B, K].
+        ids_restore: int64 [B, L], the inverse of the permutation (kept first, removed after).
+        mask: float [B, L], 0 where kept and 1 where removed.
+    """
+
+    ids_keep: Tensor
+    ids_restore: Tensor
+    mask: Tensor
+
+
+class MaskPolicy:
+    """Chooses patches by the policy named in ``masking.policy``."""
+
+    def __init__(self, config: MaskingConfig, grid: tuple[int, int], num_keep: int, seed: int) -> None:
+        self.config = config
+        self.grid = grid
+        self.num_keep = num_keep
+        self.noise_seed = stream_seed(seed, "mask", "noise")
+        self.share_seed = stream_seed(seed, "mask", "random-share")
+
+    def select(
+        self, scores: Tensor | None, batch_size: int, step: int, first_row: int, device: torch.device
+    ) -> PatchSelection:
+        """The training-time selection of one batch.
+
+        Args:
+            scores: [B, L] of the masking network; read by the ``learned`` policy only.
+            batch_size: B, images on this rank.
+            step: counter of the batch; the same step gives the same selection.
+            first_row: position of image 0 in the global batch.
+        """
+        num_patches = self.grid[0] * self.grid[1]
+        rows = torch.Size((batch_size, num_patches))
+        noise = counter_uniform(self.noise_seed, step, first_row, rows, device)
+        policy = self.config.policy
+        if policy == "learned":
+            assert scores is not None
+            keys = self._learned_keys(scores, noise, step, first_row)
+        elif policy == "fixed":
+            keys = counter_uniform(self.noise_seed, 0, 0, (1, num_patches), device).expand(rows)
+        elif policy == "block":
+            keys = block_keys(noise, self.grid)
+        else:
+            keys = noise
+        return self.keep_lowest(keys)
+
+    def keep_lowest(self, keys: Tensor) -> PatchSelection:
+        """The deterministic selection: the ``num_keep`` lowest keys of each row are kept."""
+        return PatchSelection(*mlomae_kernels.select_patches(keys, self.num_keep))
+
+    def _learned_keys(self, scores: Tensor, noise: Tensor, step: int, first_row: int) -> Tensor:
+        keys = scores.detach().to(torch.float32)
+        if self.config.selection == "gumbel":
+            # Gumbel-perturbed top-k: removing the highest keys samples patches without replacement,
+            # with probabilities proportional to exp(score / temperature) (Kool et al. 2019).
+            keys = keys - self.config.temperature * torch.log(-torch.log(noise))
+        if self.config.random_share:
+            draw = counter_uniform(self.share_seed, step, first_row, (len(keys), 1), keys.device)
+            keys = torch.where(draw < self.config.random_share, noise, keys)
+        return keys
+
+
+def block_keys(noise: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Keys that remove contiguous blocks: the patches nearest to a few random centres.
+
+    Args:
+        noise: [B, L] uniform numbers; the first few of a row place its blocks.
+        grid: (rows, columns), L = rows * columns.
+
+    Returns:
+        [B, L]; minus the Chebyshev distance to the nearest centre, ties broken by the noise.
+    """
+    rows, columns = grid
+    num_blocks = min(NUM_BLOCKS, noise.shape[1] // 2)
+    centre_row = (noise[:, :num_blocks, None, None] * rows).floor()
+    centre_column = (noise[:, num_blocks : 2 * num_blocks, None, None] * columns).floor()
+    down = torch.arange(rows, device=noise.device)[None, None, :, None]
+    across = torch.arange(columns, device=noise.device)[None, None, None, :]
+    distance = torch.maximum((down - centre_row).abs(), (across - centre_column).abs())
+    nearest = distance.amin(dim=1).flatten(1)
+    return 0.5 * noise - nearest

@@ -1,0 +1,53 @@
+"""One run from its configuration: join the ranks, claim the run directory, train, leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlomae.config import Config
+from mlomae.distributed import collectives
+from mlomae.distributed.ds_config import load_ds_config
+from mlomae.distributed.env import World, join_world, leave_world
+from mlomae.errors import UserError
+from mlomae.run_dir import RunDir, Status
+from mlomae.trainer import Trainer
+
+
+def run(config: Config, ds_path: Path | None = None) -> dict[str, Any]:
+    """Trains and evaluates one run; resumes an unfinished one.
+
+    Args:
+        ds_path: DeepSpeed configuration; None trains with plain torch engines.
+
+    Returns:
+        The content of ``result.json`` on rank 0, empty elsewhere.
+
+    Raises:
+        UserError: bad input, a run directory of another run, or a loss that is not finite.
+    """
+    ds_config = None if ds_path is None else load_ds_config(ds_path)
+    world = join_world(config.device)
+    try:
+        run_dir = RunDir(config.run_dir, config)
+        if run_dir.claim(primary=False) is Status.COMPLETE:
+            return run_dir.read_result() if world.primary else {}
+        # Built before the directory is taken: bad data leaves nothing behind.
+        trainer = Trainer(config, run_dir, world, ds_config)
+        _claim(run_dir, world)
+        return trainer.fit()
+    finally:
+        leave_world()
+
+
+def _claim(run_dir: RunDir, world: World) -> None:
+    """Rank 0 takes the directory; a refusal stops every rank."""
+    refusal = ""
+    if world.primary:
+        try:
+            run_dir.claim(primary=True)
+        except UserError as error:
+            refusal = str(error)
+    refusal = collectives.broadcast_object(refusal)
+    if refusal:
+        raise UserError(refusal)

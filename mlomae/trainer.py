@@ -1,0 +1,220 @@
+"""The trainer: the order of events of a run. It knows no formula and no engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlomae import checkpoint
+from mlomae.build import build_levels
+from mlomae.config import Config
+from mlomae.data.loader import LevelLoaders
+from mlomae.distributed import collectives
+from mlomae.distributed.engine import weights_of
+from mlomae.distributed.env import World
+from mlomae.evaluate import evaluate_features, pixels
+from mlomae.levels import MaskedBatch, Metrics, mean_of
+from mlomae.meters import FiniteGuard, Meters
+from mlomae.metrics import MetricsWriter
+from mlomae.models.encoder import pool_features
+from mlomae.preview import draw_preview
+from mlomae.run_dir import RunDir
+from mlomae.statistics import mask_statistics
+
+NUM_PREVIEW_IMAGES = 8
+# Scalars on the screen, in order.
+SHOWN = {
+    "loss/pretrain": "pretrain {:.4f}",
+    "loss/head": "head {:.3f}",
+    "loss/mask": "mask {:.3f}",
+    "mask/entropy": "entropy {:.3f}",
+    "mask/agreement": "agreement {:.3f}",
+    "images_per_second": "{:,.0f} img/s",
+}
+
+
+class Trainer:
+    """One run: K pretrain steps → head step → mask step per outer iteration, then evaluation."""
+
+    def __init__(
+        self, config: Config, run_dir: RunDir, world: World, ds_config: dict[str, Any] | None
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.world = world
+        self.loaders = LevelLoaders(config, world.rank, world.size)
+        self.levels = build_levels(config, self.loaders, world, ds_config)
+        self.meters = Meters()
+        self.guard = FiniteGuard()
+        self.iteration = 0
+        self.seconds = 0.0
+
+    def fit(self) -> dict[str, Any]:
+        """Trains from the last checkpoint, if there is one, to the end and evaluates.
+
+        Returns:
+            The content of ``result.json`` (on rank 0; empty elsewhere).
+
+        Raises:
+            UserError: a loss stopped being finite; the last checkpoint is kept.
+        """
+        self.resume()
+        config = self.config
+        writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)
+        try:
+            while self.iteration < config.iterations:
+                started = time.perf_counter()
+                masked = self.iterate(self.iteration)
+                self.iteration += 1
+                self._finish_iteration(masked, writer, started)
+            return self.evaluate()
+        finally:
+            writer.close()
+
+    def iterate(self, iteration: int) -> MaskedBatch:
+        """One outer iteration; returns the last pretrain batch with its mask."""
+        device = self.world.device
+        levels = self.levels
+        steps: list[Metrics] = []
+        for _ in range(self.config.pretrain.unroll_steps):
+            masked, metrics = levels.pretrain.step(levels.pretrain.next_batch(device), iteration)
+            steps.append(metrics)
+        scalars = mean_of(steps)
+        if levels.mask is not None and levels.head is not None:
+            train, heldout = levels.head.next_batch(device), levels.mask.next_batch(device)
+            direction = levels.mask.direction(train, heldout, iteration)
+            assert train.labels is not None
+            scalars |= levels.head.step(direction.train_features, train.labels, iteration)
+            scalars |= levels.mask.step(masked, direction, iteration)
+        for level in levels.by_name():
+            self.guard.watch(level, iteration, scalars[f"loss/{level}"])
+        self.meters.add(scalars)
+        return masked
+
+    def _finish_iteration(self, masked: MaskedBatch, writer: MetricsWriter, started: float) -> None:
+        """Logs, draws and saves where this iteration calls for it."""
+        config, done = self.config, self.iteration
+        last = done == config.iterations
+        due = {
+            name: last or done % every == 0
+            for name, every in (
+                ("log", config.log_every),
+                ("picture", config.picture_every),
+                ("checkpoint", config.checkpoint_every),
+            )
+        }
+        if any(due.values()):
+            # Before anything is written: a checkpoint with a broken loss must not replace a good one.
+            self.guard.check()
+        self.seconds += time.perf_counter() - started
+        if due["log"]:
+            self._log(masked, writer)
+        if due["checkpoint"]:
+            self.save()
+        if due["picture"] and self.world.primary:
+            self._draw()
+            writer.image(done, self.run_dir.picture)
+
+    def _log(self, masked: MaskedBatch, writer: MetricsWriter) -> None:
+        statistics, frequency = mask_statistics(
+            masked.selection.mask, masked.scores, self.config.masking.logit_bound
+        )
+        means = Meters()
+        means.add(statistics)
+        (frequency,) = collectives.average([frequency])
+        rates = {f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()}
+        scalars = {
+            **self.meters.read(),
+            **means.read(),
+            **rates,
+            "images_per_second": self.images_per_second,
+        }
+        writer.log(self.iteration, scalars, {"mask/frequency": frequency.tolist()})
+
+    @property
+    def images_per_second(self) -> float:
+        """Pretrain images per second of training time, evaluation and pictures left out."""
+        images = self.iteration * self.config.pretrain.unroll_steps * self.config.pretrain.batch_size
+        return images / max(self.seconds, 1e-9)
+
+    def _draw(self) -> None:
+        loaders, config = self.loaders, self.config
+        images = loaders.sample_images("heldout", NUM_PREVIEW_IMAGES).to(self.world.device)
+        mean, std = (
+            torch.tensor(values, device=images.device)[:, None, None] for values in (loaders.mean, loaders.std)
+        )
+        title = f"{config.masking.policy} mask, iteration {self.iteration}"
+        draw_preview(self.run_dir.picture, self.levels.pretrain, images, mean, std, title)
+
+    def save(self) -> None:
+        """Writes a checkpoint and the encoder; called on every rank, written by rank 0."""
+        states = {name: level.engine.state_dict() for name, level in self.levels.by_name().items()}
+        if self.world.primary:
+            tensors = {f"{name}.{key}": t for name, state in states.items() for key, t in state.items()}
+            state = {
+                "iteration": self.iteration,
+                "seconds": self.seconds,
+                "streams": {name: level.stream.state_dict() for name, level in self.levels.by_name().items()},
+            }
+            checkpoint.save(
+                self.run_dir.checkpoints, self.iteration, tensors, state, self.config.keep_checkpoints
+            )
+            self.run_dir.write_encoder(encoder_weights(states["pretrain"]))
+        collectives.barrier()
+
+    def resume(self) -> None:
+        """Continues from the newest intact checkpoint of the run directory, if there is one."""
+        loaded = checkpoint.latest(self.run_dir.checkpoints)
+        if loaded is None:
+            return
+        levels = self.levels.by_name()
+        checkpoint.match(loaded, self._expected_shapes())
+        for name, level in levels.items():
+            prefix = f"{name}."
+            level.engine.load_state_dict(
+                {key.removeprefix(prefix): t for key, t in loaded.tensors.items() if key.startswith(prefix)}
+            )
+            level.stream.load_state_dict(loaded.state["streams"][name])
+        self.iteration = loaded.state["iteration"]
+        self.seconds = loaded.state["seconds"]
+
+    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{name}.weight.{key}": tuple(value.shape)
+            for name, level in self.levels.by_name().items()
+            for key, value in level.engine.module.state_dict().items()
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Scores the encoder on the test set and writes ``result.json``; called on every rank."""
+        encoder, pool = self.levels.pretrain.autoencoder.encoder, self.config.model.pool
+
+        def encode(images: Tensor) -> Tensor:
+            return pool_features(encoder(images), pool)
+
+        result: dict[str, Any] = {
+            "policy": self.config.masking.policy,
+            "seed": self.config.seed,
+            "iterations": self.iteration,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 2),
+        }
+        if self.loaders.num_classes is not None:
+            scores = evaluate_features(encode, self.loaders, self.config, self.world)
+            raw = evaluate_features(pixels, self.loaders, self.config, self.world)
+            if scores is None or raw is None:
+                return {}
+            result |= scores | {f"pixel_{name}": value for name, value in raw.items()}
+        if self.world.primary:
+            self.run_dir.write_result(result)
+        return result
+
+
+def encoder_weights(pretrain_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's timm state dict out of the pretrain engine's."""
+    prefix = "encoder."
+    weights = weights_of(pretrain_state)
+    return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}

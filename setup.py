@@ -1,0 +1,109 @@
+"""The only home of the package's metadata, and the build of its optional native library.
+
+Environment:
+    MLOMAE_NO_NATIVE=1       do not build native code
+    MLOMAE_REQUIRE_NATIVE=1  fail the install when native code cannot be built (default: one warning)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Builds the extension with CMake.
+
+    Every failure is a DistutilsError (``self.spawn`` raises it, subprocess would not): only those turn
+    an optional extension into a warning.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Plain ``_C.so``: the library knows nothing of Python, so no Python tag belongs in its name."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = importlib.util.find_spec("torch")
+        if torch is None or not torch.submodule_search_locations:
+            raise ExecError("native code needs an installed torch: see the install command in README.md")
+        torch_dir = Path(torch.submodule_search_locations[0])
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        cmake = _find_program("cmake")
+        if cmake is None:
+            raise ExecError("native code needs cmake: pip install cmake ninja")
+        configure = [
+            cmake,
+            f"-S{ROOT}",
+            f"-B{build_dir}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DTORCH_INCLUDE_DIR={torch_dir / 'include'}",
+            f"-DTORCH_LIBRARY_DIR={torch_dir / 'lib'}",
+        ]
+        ninja = _find_program("ninja")
+        if ninja is not None:
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        self.spawn(configure)
+        self.spawn([cmake, "--build", str(build_dir)])
+
+
+def _find_program(name: str) -> str | None:
+    """Prefers the one pip put beside this Python: a virtual environment need not be on PATH."""
+    beside_python = str(Path(sys.executable).parent)
+    return shutil.which(name, path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "0") == "1"
+
+
+def _version() -> str:
+    text = (ROOT / "mlomae" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit('mlomae/__init__.py: no line __version__ = "..."')
+    return found[1]
+
+
+def _requirements() -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def _extensions() -> list[Extension]:
+    if _flag("MLOMAE_NO_NATIVE"):
+        return []
+    return [Extension("mlomae_kernels._C", sources=[], optional=not _flag("MLOMAE_REQUIRE_NATIVE"))]
+
+
+setup(
+    name="mlomae",
+    version=_version(),
+    description="Masked autoencoders with masks learned by multilevel optimisation",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["mlomae", "mlomae.*"]) + find_packages(where="kernels"),
+    # kernels/ is a source root, not a package: see CONTRIBUTING.md.
+    package_dir={"mlomae_kernels": "kernels/mlomae_kernels"},
+    package_data={"mlomae": ["py.typed"], "mlomae_kernels": ["py.typed"]},
+    ext_modules=_extensions(),
+    cmdclass={"build_ext": CMakeBuild},
+    install_requires=_requirements(),
+    extras_require={
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "flash": ["flash-attn"],
+    },
+    entry_points={"console_scripts": ["mlomae = mlomae.cli:main"]},
+)

@@ -1,0 +1,125 @@
+"""What is installed, under which names, and what an import costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import mlomae
+import mlomae_kernels
+from tests.architecture.source_tree import ROOT, python_files
+
+_BUILD_INPUTS = ("setup.py", "pyproject.toml", "requirements.txt", "CMakeLists.txt", "LICENSE")
+
+
+def _run_python(code: str, folder: Path) -> str:
+    """Standard output of a fresh interpreter started in ``folder``."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kernels_is_a_source_root_and_no_package() -> None:
+    assert (ROOT / "kernels" / "mlomae_kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", ["mlomae", "mlomae_kernels"])
+def test_import_is_light(package: str, tmp_path: Path) -> None:
+    heavy = (
+        "deepspeed",
+        "triton",
+        "timm",
+        "torchvision",
+        "sklearn",
+        "webdataset",
+        "tensorboard",
+        "matplotlib",
+    )
+    code = (
+        f"import sys, {package}\n"
+        f"loaded = [name for name in {heavy} if name in sys.modules]\n"
+        "torch = sys.modules.get('torch')\n"
+        "print(loaded, bool(torch and torch.cuda.is_initialized()))"
+    )
+    assert _run_python(code, tmp_path) == "[] False"
+
+
+def test_import_loads_no_native_code(tmp_path: Path) -> None:
+    code = "import mlomae_kernels, torch; print(sorted(torch.ops.loaded_libraries))"
+    assert _run_python(code, tmp_path) == "[]"
+
+
+def test_version_has_one_home() -> None:
+    assert metadata.version("mlomae") == mlomae.__version__
+    assert "project" not in tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_command_is_registered() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="mlomae")
+    assert script.value == "mlomae.cli:main"
+
+
+def test_runtime_dependencies_are_those_of_the_requirements_file() -> None:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    installed = metadata.requires("mlomae") or []
+    runtime = {_normal(entry) for entry in installed if "extra ==" not in entry}
+    assert runtime == {_normal(line) for line in lines if line}
+
+
+def _normal(requirement: str) -> str:
+    return requirement.replace(" ", "").replace("'", '"')
+
+
+def _build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds a copy of the sources into ``folder``; nothing of the build lands in the project."""
+    source = folder / "source"
+    leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("mlomae", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=leave_out)
+    for name in _BUILD_INPUTS:
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    settings = {**os.environ, **environment}
+    return subprocess.run([*pip, "."], cwd=source, env=settings, capture_output=True, text=True)
+
+
+def _wheel_names(folder: Path) -> set[str]:
+    (wheel,) = folder.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_two_packages_only(tmp_path: Path) -> None:
+    build = _build_wheel(tmp_path)
+    assert build.returncode == 0, build.stdout + build.stderr
+    names = _wheel_names(tmp_path)
+    dist_info = f"mlomae-{mlomae.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"mlomae", "mlomae_kernels", dist_info}
+    expected = {path.as_posix().removeprefix("kernels/") for path in python_files("mlomae", "kernels")}
+    assert expected | {"mlomae/py.typed", "mlomae_kernels/py.typed"} <= names
+    # Here as where the tests run: built where it can be, left out where it cannot.
+    assert ("mlomae_kernels/_C.so" in names) == mlomae_kernels.native_status().available
+
+
+@pytest.mark.slow
+def test_missing_compiler_costs_one_warning(tmp_path: Path) -> None:
+    build = _build_wheel(tmp_path, CXX="/nonexistent/c++", MLOMAE_REQUIRE_NATIVE="0")
+    assert build.returncode == 0, build.stdout + build.stderr
+    assert (build.stdout + build.stderr).count('building extension "mlomae_kernels._C" failed') == 1
+    assert "mlomae_kernels/_C.so" not in _wheel_names(tmp_path)
+
+
+@pytest.mark.slow
+def test_required_native_code_must_build(tmp_path: Path) -> None:
+    build = _build_wheel(tmp_path, CXX="/nonexistent/c++", MLOMAE_REQUIRE_NATIVE="1")
+    assert build.returncode != 0
+    assert list(tmp_path.glob("*.whl")) == []

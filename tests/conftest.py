@@ -1,0 +1,32 @@
+"""Settings shared by all tests: one thread, fixed seeds, and skips that give their reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch or a hub client is imported: no test may reach the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The tensors of the tests are too small to share among threads, and a fixed count keeps sums repeatable.
+torch.set_num_threads(1)
+
+# No deadline, since a first call may compile; derandomised, so that a red test is red for everyone.
+settings.register_profile("mlomae", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("mlomae")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

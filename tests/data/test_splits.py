@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlomae.config import DataConfig
+from mlomae.data.sources import Dataset, TensorSource, open_dataset
+from mlomae.data.splits import Splits, make_splits, verify_disjoint
+from mlomae.errors import UserError
+
+
+def dataset_of(keys: list[str], own_test: bool = False) -> Dataset:
+    source = TensorSource(keys, torch.zeros(len(keys), 1, 1, 1, dtype=torch.uint8), None)
+    return Dataset(source, None, (0.5,), (0.5,), open_test=(lambda: source) if own_test else None)
+
+
+def members(keys: list[str], data: DataConfig, own_test: bool = False) -> dict[str, set[str]]:
+    splits = make_splits(dataset_of(keys, own_test), data)
+    parts = {"train": splits.train, "heldout": splits.heldout, "test": splits.test}
+    return {name: {keys[i] for i in part.tolist()} for name, part in parts.items() if part is not None}
+
+
+KEYS = [f"image/{number}" for number in range(4000)]
+
+
+def test_sets_are_disjoint_complete_and_of_the_right_size() -> None:
+    parts = members(KEYS, DataConfig(heldout_fraction=0.25, test_fraction=0.2))
+    assert set.union(*parts.values()) == set(KEYS)
+    assert sum(map(len, parts.values())) == len(KEYS)
+    assert len(parts["test"]) == pytest.approx(0.2 * 4000, rel=0.1)
+    assert len(parts["heldout"]) == pytest.approx(0.25 * 0.8 * 4000, rel=0.1)
+
+
+def test_a_data_set_with_a_test_part_is_split_in_two() -> None:
+    parts = members(KEYS, DataConfig(heldout_fraction=0.25), own_test=True)
+    assert set(parts) == {"train", "heldout"}
+    assert parts["train"] | parts["heldout"] == set(KEYS)
+    assert len(parts["heldout"]) == pytest.approx(1000, rel=0.1)
+
+
+def test_membership_survives_new_samples_and_another_order() -> None:
+    before = members(KEYS[:2000], DataConfig())
+    after = members(KEYS[::-1], DataConfig())
+    for name, keys in before.items():
+        assert after[name] & set(KEYS[:2000]) == keys
+
+
+def test_a_larger_fraction_only_adds() -> None:
+    small, large = (members(KEYS, DataConfig(heldout_fraction=f))["heldout"] for f in (0.1, 0.3))
+    assert small < large
+
+
+def test_the_seed_changes_the_split() -> None:
+    first, second = (members(KEYS, DataConfig(split_seed=seed)) for seed in (0, 1))
+    for name in first:
+        share = len(first[name] & second[name]) / len(first[name])
+        assert share == pytest.approx(len(second[name]) / len(KEYS), abs=0.05)  # as if drawn independently
+
+
+@pytest.mark.parametrize(
+    "fractions, message",
+    [
+        ({"test_fraction": 1e-9}, r"data\.test_fraction: 1e-09 leaves no test image of 10; raise it"),
+        (
+            {"heldout_fraction": 1e-9},
+            r"data\.heldout_fraction: 1e-09 leaves no held-out image of 10; raise it",
+        ),
+        (
+            {"heldout_fraction": 1 - 1e-9},
+            r"data\.heldout_fraction: 0\.9+ leaves no training image of 10; lower it",
+        ),
+    ],
+)
+def test_an_empty_set_names_the_fraction(fractions: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_splits(dataset_of(KEYS[:10]), DataConfig(**{"test_fraction": 0.3, **fractions}))
+
+
+def test_a_key_in_two_sets_is_refused() -> None:
+    splits = Splits(torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3]))
+    verify_disjoint(splits, ["a", "b", "c", "d"])
+    for keys, pair in (
+        (["a", "b", "a", "d"], "train and the held-out"),
+        (["a", "b", "c", "c"], "held-out and the test"),
+    ):
+        with pytest.raises(UserError, match=f"is in the {pair} set; keys must be unique"):
+            verify_disjoint(splits, keys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, fill_folder: Callable[..., None]) -> Path:
+    fill_folder(tmp_path / "train" / "a", 40)
+    fill_folder(tmp_path / "test" / "a", 5, first_seed=100)
+    return tmp_path
+
+
+def link(original: Path, copy: Path) -> None:
+    copy.symlink_to(original)
+
+
+@pytest.mark.parametrize("duplicate, name", [(link, "new.png"), (os.link, "new.png"), (shutil.copy, "0.png")])
+def test_a_test_image_that_is_a_training_image_is_refused(folder: Path, duplicate: Any, name: str) -> None:
+    data = DataConfig(dataset="folder", path=folder)
+    make_splits(open_dataset(data, 3), data)
+    (folder / "test" / "a" / name).unlink(missing_ok=True)
+    duplicate(folder / "train" / "a" / "0.png", folder / "test" / "a" / name)
+    message = (
+        rf"data\.path: test file .*test/a/{name} is the training file .*train/a/0\.png; keep the parts apart"
+    )
+    with pytest.raises(UserError, match=message):
+        make_splits(open_dataset(data, 3), data)
+
+
+def test_a_linked_test_folder_is_refused(folder: Path) -> None:
+    shutil.rmtree(folder / "test")
+    (folder / "test").symlink_to(folder / "train")
+    data = DataConfig(dataset="folder", path=folder)
+    with pytest.raises(UserError, match=r"test file .* is the training file"):
+        make_splits(open_dataset(data, 3), data)
+
+
+def test_a_dangling_link_is_named(folder: Path) -> None:
+    (folder / "test" / "a" / "gone.png").symlink_to(folder / "nowhere.png")
+    data = DataConfig(dataset="folder", path=folder)
+    with pytest.raises(UserError, match=r"data\.path: .*gone\.png cannot be read"):
+        make_splits(open_dataset(data, 3), data)
+
+
+@pytest.mark.parametrize("duplicate", [link, os.link, shutil.copy])
+def test_a_test_shard_that_is_a_training_shard_is_refused(
+    tmp_path: Path, fill_shard: Callable[..., None], duplicate: Any
+) -> None:
+    for number in range(2):
+        fill_shard(tmp_path / f"train-{number}.tar", 20, first_seed=20 * number)
+    fill_shard(tmp_path / "test-0.tar", 20, first_seed=100)  # of the same size
+    data = DataConfig(dataset="shards", path=tmp_path)
+    make_splits(open_dataset(data, 3), data)
+    duplicate(tmp_path / "train-1.tar", tmp_path / "test-1.tar")
+    with pytest.raises(
+        UserError, match=r"data\.path: test file .*test-1\.tar is the training file .*train-1\.tar"
+    ):
+        make_splits(open_dataset(data, 3), data)
