@@ -56,9 +56,7 @@ def build_levels(
     embed_dim = autoencoder.encoder.embed_dim
     policy = MaskPolicy(config.masking, grid, config.num_keep, config.seed)
     if not config.masking.learns:
-        lower = PretrainLevel(
-            engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, None
-        )
+        lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, None)
         return Levels(lower, None, None)
 
     assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None

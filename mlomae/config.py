@@ -108,7 +108,7 @@ class DataConfig(Section):
     dataset: Literal["digits", "cifar10", "cifar100", "folder", "shards"] = "digits"
     path: Path | None = Field(None, description="folder of the data set (not needed for digits)")
     download: bool = Field(False, description="let torchvision download cifar10/cifar100 into path")
-    heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of training images for the mask level")
+    heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of training images for level mask")
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share split off for testing where the data set has no test part"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlomae.config import Config
-from mlomae.data.loader import LevelLoaders
+from mlomae.data.loader import LevelLoaders, Part
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 
@@ -39,8 +39,8 @@ def evaluate_features(
     Returns:
         ``knn_accuracy`` and ``linear_accuracy`` in [0, 1] on rank 0, None elsewhere.
     """
-    parts = [_features(encode, loaders, part, world) for part in ("train", "heldout", "test")]
-    train, heldout, test = parts
+    names: tuple[Part, ...] = ("train", "heldout", "test")
+    train, heldout, test = (_features(encode, loaders, part, world) for part in names)
     if train is None or heldout is None or test is None:
         return None
     return {
@@ -82,7 +82,7 @@ def pixels(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _features(
-    encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, part: str, world: World
+    encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, part: Part, world: World
 ) -> FeatureSet | None:
     """One part's features on rank 0; every rank computes its share of the batches."""
     rows: list[tuple[Array, Array]] = []

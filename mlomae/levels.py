@@ -178,9 +178,7 @@ class MaskLevel(Level[LevelConfig]):
         def errors() -> Tensor:
             return autoencoder(masked.images, masked.selection)
 
-        result = central_difference(
-            errors, parameters_of(autoencoder.encoder), direction.values, self.radius
-        )
+        result = central_difference(errors, parameters_of(autoencoder.encoder), direction.values, self.radius)
         return result.values, {"hypergradient/direction_norm": result.direction_norm}
 
     def step(self, masked: MaskedBatch, direction: Direction, iteration: int) -> Metrics:

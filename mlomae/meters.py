@@ -55,7 +55,8 @@ class FiniteGuard:
         first = -collectives.maximum(-torch.stack([self._first_bad[level] for level in levels]))
         step, position = first.min(dim=0)
         if int(step) < torch.iinfo(torch.int64).max:
+            level = levels[int(position)]
             raise UserError(
-                f"{levels[int(position)]}.lr: the {levels[int(position)]} loss is not finite at iteration "
-                f"{int(step)}; the last checkpoint is kept; a lower rate or {levels[int(position)]}.clip may help"
+                f"{level} level: the loss is not finite at iteration {int(step)}; the last checkpoint stays; "
+                f"try a lower {level}.lr or set {level}.clip"
             )

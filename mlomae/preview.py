@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlomae_kernels
 import torch
 from torch import Tensor
 
+import mlomae_kernels
 from mlomae.levels import PretrainLevel
 from mlomae.models.selection import PatchSelection
 from mlomae.visualize import mask_picture

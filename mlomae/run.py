@@ -28,8 +28,8 @@ def run(config: Config, ds_path: Path | None = None) -> dict[str, Any]:
     """
     ds_config = None if ds_path is None else load_ds_config(ds_path)
     world = join_world(config.device)
+    run_dir = RunDir(config.run_dir, config)
     try:
-        run_dir = RunDir(config.run_dir, config)
         if run_dir.claim(primary=False) is Status.COMPLETE:
             return run_dir.read_result() if world.primary else {}
         # Built before the directory is taken: bad data leaves nothing behind.
@@ -37,6 +37,7 @@ def run(config: Config, ds_path: Path | None = None) -> dict[str, Any]:
         _claim(run_dir, world)
         return trainer.fit()
     finally:
+        run_dir.release()
         leave_world()
 
 

@@ -73,6 +73,7 @@ class Trainer:
             return self.evaluate()
         finally:
             writer.close()
+            self.loaders.close()
 
     def iterate(self, iteration: int) -> MaskedBatch:
         """One outer iteration; returns the last pretrain batch with its mask."""
@@ -144,7 +145,8 @@ class Trainer:
         loaders, config = self.loaders, self.config
         images = loaders.sample_images("heldout", NUM_PREVIEW_IMAGES).to(self.world.device)
         mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None] for values in (loaders.mean, loaders.std)
+            torch.tensor(channels, device=images.device)[:, None, None]
+            for channels in (loaders.mean, loaders.std)
         )
         title = f"{config.masking.policy} mask, iteration {self.iteration}"
         draw_preview(self.run_dir.picture, self.levels.pretrain, images, mean, std, title)

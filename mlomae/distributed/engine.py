@@ -28,7 +28,10 @@ class Engine(Protocol):
     """
 
     module: nn.Module
-    grad_norm: Tensor | float | None
+
+    @property
+    def grad_norm(self) -> Tensor | float | None:
+        """See above; a property, so that an engine may promise less."""
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The module's output in the engine's precision, for a loss given to ``descend``."""
@@ -53,7 +56,8 @@ def build_adamw(module: nn.Module, config: LevelConfig) -> torch.optim.AdamW:
         module: its trainable parameters are optimised.
         config: rates of the level.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             exempt = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in NOT_DECAYED

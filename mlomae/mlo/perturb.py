@@ -8,9 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+Move = Callable[[Tensor], None]
+"""Sets the parameters to ``theta + eps * v`` for a 0-dim ``eps``."""
+
 
 @contextmanager
-def perturbation(parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[Tensor], None]]:
+def perturbation(parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Move]:
     """Yields ``move(eps)``, which sets the parameters to ``theta + eps * v``.
 
     On leaving, also by an exception, the original values are copied back: subtracting what was added

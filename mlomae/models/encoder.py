@@ -5,11 +5,12 @@ Letters: B batch, L patches, K kept patches, D width.
 
 from __future__ import annotations
 
-import mlomae_kernels
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+import mlomae_kernels
 
 # (embed_dim, depth, num_heads); all but vit_micro are timm's sizes of that name.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -28,6 +29,10 @@ class ViTEncoder(VisionTransformer):
     Positions are fixed sin-cos tables stored in timm's ``pos_embed`` (He et al. 2022, app. A.1), so
     any patch grid works, square or not.
     """
+
+    # timm declares these optional; with a class token and learned positions they are always there.
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
 
     def __init__(self, arch: str, img_size: tuple[int, int], patch_size: int, in_chans: int) -> None:
         embed_dim, depth, num_heads = SIZES[arch]
@@ -49,7 +54,10 @@ class ViTEncoder(VisionTransformer):
         nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
         self.apply(init_linear)
 
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+    # timm's second argument is an attention mask; ours is the list of kept patches.
+    def forward(  # type: ignore[override]
+        self, images: Tensor, ids_keep: Tensor | None = None
+    ) -> Tensor:
         """Encodes the kept patches, or all of them.
 
         Args:

@@ -6,11 +6,11 @@ Letters: B batch, L patches, K kept patches, D encoder width, E decoder width, P
 
 from __future__ import annotations
 
-import mlomae_kernels
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+import mlomae_kernels
 from mlomae.config import ModelConfig
 from mlomae.models.encoder import ViTEncoder, init_linear, sincos_positions
 from mlomae.models.selection import PatchSelection
@@ -64,7 +64,7 @@ class MaskedAutoencoder(nn.Module):
             selection: which patches are kept.
 
         Returns:
-            float32 [B, L] (float64 for float64 input): mean squared error of each removed patch, 0 at kept ones.
+            [B, L], float32 or float64: mean squared error of each removed patch, 0 at kept ones.
         """
         prediction = self.reconstruct(images, selection)
         # The loss is taken in the images' precision, whatever autocast did to the prediction.

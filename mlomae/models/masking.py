@@ -72,7 +72,7 @@ class MlpMaskingNetwork(MaskingNetwork):
 class TokenMaskingNetwork(MaskingNetwork):
     """One small head shared by all patches; its size does not depend on their number.
 
-    A patch is scored from its own content, its 3×3 neighbourhood, the mean of the image and its
+    A patch is scored from its own content, its 3 by 3 neighbourhood, the mean of the image and its
     (fixed sin-cos) position.
     """
 

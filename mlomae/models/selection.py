@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlomae_kernels
 import torch
 from torch import Tensor
 
+import mlomae_kernels
 from mlomae.config import MaskingConfig
 from mlomae.random import counter_uniform, stream_seed
 
@@ -56,7 +56,7 @@ class MaskPolicy:
             first_row: position of image 0 in the global batch.
         """
         num_patches = self.grid[0] * self.grid[1]
-        rows = torch.Size((batch_size, num_patches))
+        rows = (batch_size, num_patches)
         noise = counter_uniform(self.noise_seed, step, first_row, rows, device)
         policy = self.config.policy
         if policy == "learned":
