@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,37 +12,35 @@ from torch import Tensor
 SATURATED_SLOPE = 0.05
 
 
-def mask_statistics(mask: Tensor, scores: Tensor | None, bound: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Health of the masks of one batch.
+def mask_agreement(frequency: Tensor, num_images: int) -> Tensor:
+    """Share of positions on which two different images of a batch agree about removal.
+
+    1 means one mask for all images; ``r² + (1-r)²`` is chance at mask ratio r.
 
     Args:
-        mask: [B, L], 1 where removed.
-        scores: [B, L] of the masking network, or None.
-        bound: ``masking.logit_bound``.
+        frequency: [L], share of the images in which each position is removed.
+        num_images: images behind ``frequency``, at least 2.
+    """
+    removed = frequency * num_images
+    kept = num_images - removed
+    pairs = removed * (removed - 1) + kept * (kept - 1)
+    return (pairs / (num_images * (num_images - 1))).mean()
+
+
+def score_statistics(scores: Tensor, bound: float) -> dict[str, Tensor]:
+    """Health of the scores [B, L] of a masking network bounded by ``masking.logit_bound``.
 
     Returns:
-        Scalars by name and the removal frequency by position [L]:
-
-        * ``mask/agreement``: share of positions on which two different images of the batch agree;
-          1 means one mask for all images, and ``r² + (1-r)²`` is chance at ratio r.
         * ``mask/entropy``: mean binary entropy of the probabilities in bits; 1 at p = 0.5, 0 at p = 0 or 1.
         * ``mask/saturation``: share of scores whose probability hardly moves any more, because of the
           sigmoid or of the bound.
         * ``mask/spread``: standard deviation of the scores within an image.
     """
-    frequency = mask.mean(dim=0)
-    scalars: dict[str, Tensor] = {}
-    images = len(mask)
-    if images > 1:
-        removed = mask.sum(dim=0)
-        kept = images - removed
-        pairs = removed * (removed - 1) + kept * (kept - 1)
-        scalars["mask/agreement"] = (pairs / (images * (images - 1))).mean()
-    if scores is not None:
-        p = scores.sigmoid()
-        entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(p.new_tensor(2.0))
-        slope = 4 * p * (1 - p) * (1 - (scores / bound) ** 2)
-        scalars["mask/entropy"] = entropy.mean()
-        scalars["mask/saturation"] = (slope < SATURATED_SLOPE).to(p.dtype).mean()
-        scalars["mask/spread"] = scores.std(dim=1).mean()
-    return scalars, frequency
+    p = scores.sigmoid()
+    entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / math.log(2)
+    slope = 4 * p * (1 - p) * (1 - (scores / bound) ** 2)
+    return {
+        "mask/entropy": entropy.mean(),
+        "mask/saturation": (slope < SATURATED_SLOPE).to(p.dtype).mean(),
+        "mask/spread": scores.std(dim=1).mean(),
+    }

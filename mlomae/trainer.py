@@ -22,7 +22,7 @@ from mlomae.metrics import MetricsWriter
 from mlomae.models.encoder import pool_features
 from mlomae.preview import draw_preview
 from mlomae.run_dir import RunDir
-from mlomae.statistics import mask_statistics
+from mlomae.statistics import mask_agreement, score_statistics
 
 NUM_PREVIEW_IMAGES = 8
 # Scalars on the screen, in order.
@@ -120,16 +120,16 @@ class Trainer:
             writer.image(done, self.run_dir.picture)
 
     def _log(self, masked: MaskedBatch, writer: MetricsWriter) -> None:
-        statistics, frequency = mask_statistics(
-            masked.selection.mask, masked.scores, self.config.masking.logit_bound
-        )
-        means = Meters()
-        means.add(statistics)
-        (frequency,) = collectives.average([frequency])
+        (frequency,) = collectives.average([masked.selection.mask.mean(dim=0)])
+        statistics = {"mask/agreement": mask_agreement(frequency, self.config.pretrain.batch_size)}
+        if masked.scores is not None:
+            statistics |= score_statistics(masked.scores, self.config.masking.logit_bound)
+        health = Meters()
+        health.add(statistics)
         rates = {f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()}
         scalars = {
             **self.meters.read(),
-            **means.read(),
+            **health.read(),
             **rates,
             "images_per_second": self.images_per_second,
         }

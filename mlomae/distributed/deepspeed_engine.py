@@ -74,6 +74,7 @@ class DeepSpeedEngine:
         steps = [moments["step"] for moments in base.state.values() if "step" in moments]
         if not steps:
             return {**state, "step": torch.zeros(())}
+        self._link_moments()
         for name, parameter in trainable(self.module):
             for key in MOMENTS:
                 state[f"{key}.{name}"] = self._moment(parameter, key)
@@ -116,5 +117,13 @@ class DeepSpeedEngine:
                     "step": step.clone(),
                     **{key: torch.zeros_like(flat) for key in MOMENTS},
                 }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Lets ``safe_get/set_full_optimizer_state`` find the moments of every parameter group.
+
+        DeepSpeed links them once, after the first group's first step, when the later groups have none.
+        """
         if self._stage:
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
