@@ -19,12 +19,12 @@ def mask_agreement(frequency: Tensor, num_images: int) -> Tensor:
 
     Args:
         frequency: [L], share of the images in which each position is removed.
-        num_images: images behind ``frequency``, at least 2.
+        num_images: images behind ``frequency``; a single one agrees with nobody (0).
     """
     removed = frequency * num_images
     kept = num_images - removed
     pairs = removed * (removed - 1) + kept * (kept - 1)
-    return (pairs / (num_images * (num_images - 1))).mean()
+    return (pairs / max(1, num_images * (num_images - 1))).mean()
 
 
 def score_statistics(scores: Tensor, bound: float) -> dict[str, Tensor]:

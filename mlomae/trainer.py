@@ -120,9 +120,14 @@ class Trainer:
             writer.image(done, self.run_dir.picture)
 
     def _log(self, masked: MaskedBatch, writer: MetricsWriter) -> None:
+        batch_size = self.config.pretrain.batch_size
         (frequency,) = collectives.average([masked.selection.mask.mean(dim=0)])
-        statistics = {"mask/agreement": mask_agreement(frequency, self.config.pretrain.batch_size)}
+        statistics = {"mask/agreement": mask_agreement(frequency, batch_size)}
         if masked.scores is not None:
+            # What the scores alone would remove: noise must not hide that they agree on everything.
+            noiseless = self.levels.pretrain.policy.keep_lowest(masked.scores).mask
+            (noiseless,) = collectives.average([noiseless.mean(dim=0)])
+            statistics["mask/agreement_noiseless"] = mask_agreement(noiseless, batch_size)
             statistics |= score_statistics(masked.scores, self.config.masking.logit_bound)
         health = Meters()
         health.add(statistics)
