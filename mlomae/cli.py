@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mlomae import __version__
 from mlomae.config import Config, Section, load_config
@@ -58,8 +58,15 @@ def _train(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports misuse as one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mlomae",
         description=DESCRIPTION,
         epilog=EXAMPLES + "\n".join(_describe(Config)),
@@ -83,9 +90,9 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     overrides: dict[str, str] = {}
     words = iter(rest)
     for word in words:
-        if not word.startswith("--"):
-            raise UserError(f"argument {word!r}: expected --section.field value")
         name, equals, value = word[2:].partition("=")
+        if not word.startswith("--") or not name:
+            raise UserError(f"argument {word!r}: expected --section.field value")
         if not equals:
             following = next(words, None)
             if following is None or following.startswith("--"):

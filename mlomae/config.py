@@ -21,7 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-Arch = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+Arch = Literal["vit_pico", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 Policy = Literal["learned", "random", "fixed", "weighted-random", "block"]
 
 
@@ -29,6 +29,16 @@ class Section(BaseModel):
     """Base of every section: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
+        """Python counts true as 1, so that ``lr: yes`` would pass for a learning rate."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is a truth value, found {value}; expected another type")
+        return values
 
 
 class ModelConfig(Section):
@@ -67,6 +77,10 @@ class ModelConfig(Section):
                 f"img_size {self.size} is not divisible by patch_size {self.patch_size}; "
                 "choose a patch size that divides both sides"
             )
+        if self.norm_pix and self.patch_size**2 * self.in_chans < 2:
+            raise ValueError(
+                "norm_pix needs patches of two numbers or more; set it to false for single pixels"
+            )
         if self.decoder_dim % self.decoder_heads:
             raise ValueError(
                 f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}"
@@ -89,12 +103,18 @@ class MaskingConfig(Section):
         "token", description="token: small shared convolutional head; mlp: flattened tokens (paper)"
     )
     hidden: Positive = Field(64, description="hidden width of the masking network (paper's mlp: 512)")
-    logit_bound: float = Field(4.0, gt=0, description="scores stay within plus/minus this bound")
+    logit_bound: float = Field(1.0, gt=0, description="scores stay within plus/minus this bound")
     selection: Literal["gumbel", "topk"] = Field(
         "gumbel", description="gumbel: perturbed top-k; topk: lowest scores kept (paper)"
     )
     temperature: float = Field(1.0, gt=0, description="scale of the Gumbel noise on the scores")
-    random_share: Share = Field(0.0, description="share of images in a batch that get a random mask")
+    random_share: Share = Field(0.5, description="share of images in a batch that get a random mask")
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskingConfig:
+        if self.network == "token" and self.hidden % 4:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of 4 (sin-cos positions)")
+        return self
 
     @property
     def learns(self) -> bool:
@@ -181,7 +201,8 @@ class EvalConfig(Section):
     """Final evaluation on the test set."""
 
     batch_size: Positive = 256
-    knn_k: Positive = 10
+    knn_k: Positive = Field(10, description="neighbours of the k-NN classifier")
+    pixels: bool = Field(False, description="score raw pixels too, as the baseline without an encoder")
 
 
 class Config(Section):
@@ -228,6 +249,13 @@ RESUMABLE_CHANGES = {
 }  # fmt: skip
 
 
+# Problems that pydantic words for programmers.
+PLAIN = {
+    "model_type": "expected a mapping of fields",
+    "path_type": "expected a path (./1 for a folder called 1)",
+}
+
+
 def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
     """Reads a recipe, applies dotted overrides (values in YAML syntax) and validates the tree.
 
@@ -240,7 +268,7 @@ def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
             loaded = yaml.safe_load(path.read_text())
         except OSError as error:
             raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or an impossible date
             raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"--config {path}: found {type(loaded).__name__}, expected a mapping of fields")
@@ -270,7 +298,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _assign(tree: dict[str, Any], key: str, text: str) -> None:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
     *parents, leaf = key.split(".")
     node = tree
@@ -283,7 +311,11 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     """The first problem of a validation error as ``field: what was found, what would be right``."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
+    if isinstance(first["input"], list):
+        # Of a number or a list, the list is what was meant.
+        first = next((e for e in errors if any("[" in str(part) for part in e["loc"])), first)
     names = [str(part) for part in first["loc"] if not _is_union_tag(part)]
     field = ".".join(names) or "config"
     if first["type"] == "extra_forbidden":
@@ -293,7 +325,7 @@ def _one_line(error: ValidationError) -> str:
         return f"{field}: unknown key; {hint}"
     if first["type"] == "value_error":
         return f"{field}: {first['ctx']['error']}"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = PLAIN.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
     return f"{field}: {message}, found {first['input']!r}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,19 +31,19 @@ class FeatureSet:
 
 def evaluate_features(
     encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, config: Config, world: World
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Test accuracy of features from all training images; called on every rank.
 
     Args:
         encode: images [B, C, H, W] → features [B, D], on the world's device.
 
     Returns:
-        ``knn_accuracy`` and ``linear_accuracy`` in [0, 1] on rank 0, None elsewhere.
+        ``knn_accuracy`` and ``linear_accuracy`` in [0, 1] on rank 0, nothing elsewhere.
     """
     names: tuple[Part, ...] = ("train", "heldout", "test")
     train, heldout, test = (_features(encode, loaders, part, world) for part in names)
     if train is None or heldout is None or test is None:
-        return None
+        return {}
     return {
         "knn_accuracy": knn_accuracy(_join(train, heldout), test, config.eval.knn_k),
         "linear_accuracy": linear_accuracy(train, heldout, test),
@@ -63,13 +64,17 @@ def linear_accuracy(train: FeatureSet, heldout: FeatureSet, test: FeatureSet) ->
 
     The regularisation is chosen on the held-out set, then the probe is fitted on both.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     def fit(strength: float, part: FeatureSet):  # type: ignore[no-untyped-def]  # sklearn has no types
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=PROBE_ITERATIONS))
-        return probe.fit(part.features, part.labels)
+        with warnings.catch_warnings():
+            # A probe that is still creeping after PROBE_ITERATIONS is scored as it stands.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return probe.fit(part.features, part.labels)
 
     best = max(PROBE_STRENGTHS, key=lambda c: fit(c, train).score(heldout.features, heldout.labels))
     return float(fit(best, _join(train, heldout)).score(test.features, test.labels))

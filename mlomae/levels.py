@@ -5,7 +5,8 @@ Lower to upper: pretrain (autoencoder, theta) → head (classifier, w) → mask 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -20,6 +21,7 @@ from mlomae.distributed import collectives
 from mlomae.distributed.engine import Engine, trainable
 from mlomae.mlo.direction import Direction, HeadProblem, Weights, encoder_direction
 from mlomae.mlo.influence import central_difference
+from mlomae.mlo.perturb import global_norm
 from mlomae.mlo.schedule import warmup_cosine
 from mlomae.models.encoder import pool_features
 from mlomae.models.mae import MaskedAutoencoder
@@ -33,7 +35,10 @@ Rates = TypeVar("Rates", bound=LevelConfig)
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """One pretrain batch and its mask: all that the mask level needs to replay the step.
+    """One pretrain batch and its mask: at which the mask level differentiates the pretrain step.
+
+    The mixed derivative is taken at these images, tokens and kept patches and at the weights after the
+    last pretrain step, as if that step had been plain gradient descent.
 
     Attributes:
         images: [B, C, H, W].
@@ -61,6 +66,10 @@ class Level(Generic[Rates]):
         """The learning rate of this level in one outer iteration."""
         r = self.rates
         return warmup_cosine(iteration, self.iterations, r.lr, r.min_lr, r.warmup)
+
+    def weight_norm(self) -> Tensor:
+        """Norm of the trainable weights, 0-dim; not finite once a step has broken them."""
+        return global_norm(parameters_of(self.engine.module))
 
     def next_batch(self, device: torch.device) -> Batch:
         """The stream's next batch, on the device."""
@@ -172,13 +181,16 @@ class MaskLevel(Level[LevelConfig]):
         )
 
     def influence(self, masked: MaskedBatch, direction: Direction) -> tuple[Tensor, Metrics]:
-        """Derivative of each patch's error [B, L] along v, at the frozen selection, in float32."""
+        """Derivative of each patch's error [B, L] along v, at the frozen selection, without autocast."""
         autoencoder = self.pretrain.autoencoder
 
         def errors() -> Tensor:
             return autoencoder(masked.images, masked.selection)
 
-        result = central_difference(errors, parameters_of(autoencoder.encoder), direction.values, self.radius)
+        with full_precision():
+            result = central_difference(
+                errors, parameters_of(autoencoder.encoder), direction.values, self.radius
+            )
         return result.values, {"hypergradient/direction_norm": result.direction_norm}
 
     def step(self, masked: MaskedBatch, direction: Direction, iteration: int) -> Metrics:
@@ -191,6 +203,24 @@ class MaskLevel(Level[LevelConfig]):
         self.engine.descend(loss, self.lr(iteration))
         norm = torch.as_tensor(self.engine.grad_norm, dtype=torch.float32, device=influence.device)
         return {"loss/mask": direction.heldout_loss, "hypergradient/norm": norm, **metrics}
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products without TF32, whose rounding would drown a finite difference.
+
+    cuDNN's convolutions, and with them the patch projection, use TF32 unless told otherwise.
+    """
+    # torch.backends.cudnn replaces itself by an object that has more attributes than the module.
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:

@@ -32,24 +32,29 @@ class Meters:
 
 
 class FiniteGuard:
-    """Remembers, on the device, the first iteration at which a level's loss was not finite."""
+    """Remembers, on the device, the first iteration at which a level was not finite."""
 
     def __init__(self) -> None:
         self._first_bad: dict[str, Tensor] = {}
 
-    def watch(self, level: str, iteration: int, loss: Tensor) -> None:
-        """Notes whether ``loss`` (0-dim) is finite; no host synchronisation."""
-        never = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=loss.device)
-        seen = torch.where(torch.isfinite(loss), never, torch.full_like(never, iteration))
+    def watch(self, level: str, iteration: int, *values: Tensor) -> None:
+        """Notes whether all ``values`` (0-dim) are finite; no host synchronisation.
+
+        Of levels that break in the same iteration, the one watched first is named: call it in the
+        order in which they depend on each other.
+        """
+        finite = torch.stack([torch.isfinite(value) for value in values]).all()
+        never = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=finite.device)
+        seen = torch.where(finite, never, torch.full_like(never, iteration))
         self._first_bad[level] = torch.minimum(self._first_bad.get(level, never), seen)
 
     def check(self) -> None:
-        """Stops every rank if any rank saw a loss that is not finite.
+        """Stops every rank if any rank saw a value that is not finite.
 
         Raises:
             UserError: naming the level and the iteration that went wrong first.
         """
-        levels = sorted(self._first_bad)
+        levels = list(self._first_bad)
         if not levels:
             return
         first = -collectives.maximum(-torch.stack([self._first_bad[level] for level in levels]))
@@ -57,6 +62,6 @@ class FiniteGuard:
         if int(step) < torch.iinfo(torch.int64).max:
             level = levels[int(position)]
             raise UserError(
-                f"{level} level: the loss is not finite at iteration {int(step)}; the last checkpoint stays; "
-                f"try a lower {level}.lr or set {level}.clip"
+                f"{level} level: the loss or the weights are not finite at iteration {int(step)}; "
+                f"checkpoints from before stay; try a lower {level}.lr or set {level}.clip"
             )

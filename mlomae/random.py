@@ -39,11 +39,17 @@ def counter_uniform(
     """
     rows = torch.arange(first_row, first_row + shape[0], device=device, dtype=torch.int64)
     columns = torch.arange(shape[1], device=device, dtype=torch.int64)
-    state = _mix(torch.full_like(rows, seed) ^ _mix(torch.full_like(rows, step & _MASK) + _GOLDEN))
-    row_state = _mix((state ^ rows) + _GOLDEN)
-    bits = _mix(row_state[:, None] + columns[None, :] * _GOLDEN)
+    state = _absorb(torch.full_like(rows, seed), torch.full_like(rows, step & _MASK))
+    bits = _absorb(_absorb(state, rows)[:, None], columns[None, :])
     # 23 bits and a half: representable exactly in float32, never 0 or 1.
     return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def _absorb(state: Tensor, counter: Tensor) -> Tensor:
+    """The next state. The counter is mixed on its own first: otherwise states that are close to each
+    other would give shifted copies of one sequence.
+    """
+    return _mix(state ^ _mix(counter + _GOLDEN))
 
 
 def _mix(x: Tensor) -> Tensor:

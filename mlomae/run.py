@@ -27,7 +27,7 @@ def run(config: Config, ds_path: Path | None = None) -> dict[str, Any]:
         UserError: bad input, a run directory of another run, or a loss that is not finite.
     """
     ds_config = None if ds_path is None else load_ds_config(ds_path)
-    world = join_world(config.device)
+    world = join_world(config.device, always_group=ds_config is not None)
     run_dir = RunDir(config.run_dir, config)
     try:
         if run_dir.claim(primary=False) is Status.COMPLETE:

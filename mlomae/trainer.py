@@ -13,7 +13,7 @@ from mlomae.build import build_levels
 from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
-from mlomae.distributed.engine import weights_of
+from mlomae.distributed.engine import state_shapes, weights_of
 from mlomae.distributed.env import World
 from mlomae.evaluate import evaluate_features, pixels
 from mlomae.levels import MaskedBatch, Metrics, mean_of
@@ -90,8 +90,8 @@ class Trainer:
             assert train.labels is not None
             scalars |= levels.head.step(direction.train_features, train.labels, iteration)
             scalars |= levels.mask.step(masked, direction, iteration)
-        for level in levels.by_name():
-            self.guard.watch(level, iteration, scalars[f"loss/{level}"])
+        for name, level in levels.by_name().items():
+            self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.weight_norm())
         self.meters.add(scalars)
         return masked
 
@@ -107,8 +107,10 @@ class Trainer:
                 ("checkpoint", config.checkpoint_every),
             )
         }
+        # The meters are empty at a checkpoint, so that a resumed run logs what an uninterrupted one does.
+        due["log"] |= due["checkpoint"]
         if any(due.values()):
-            # Before anything is written: a checkpoint with a broken loss must not replace a good one.
+            # Before anything is written: a broken checkpoint must not replace a good one.
             self.guard.check()
         self.seconds += time.perf_counter() - started
         if due["log"]:
@@ -190,9 +192,9 @@ class Trainer:
 
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
-            f"{name}.weight.{key}": tuple(value.shape)
+            f"{name}.{key}": shape
             for name, level in self.levels.by_name().items()
-            for key, value in level.engine.module.state_dict().items()
+            for key, shape in state_shapes(level.engine.module).items()
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -211,12 +213,13 @@ class Trainer:
         }
         if self.loaders.num_classes is not None:
             scores = evaluate_features(encode, self.loaders, self.config, self.world)
-            raw = evaluate_features(pixels, self.loaders, self.config, self.world)
-            if scores is None or raw is None:
-                return {}
-            result |= scores | {f"pixel_{name}": value for name, value in raw.items()}
-        if self.world.primary:
-            self.run_dir.write_result(result)
+            if self.config.eval.pixels:
+                raw = evaluate_features(pixels, self.loaders, self.config, self.world)
+                scores |= {f"pixel_{name}": value for name, value in raw.items()}
+            result |= scores
+        if not self.world.primary:
+            return {}
+        self.run_dir.write_result(result)
         return result
 
 

@@ -30,6 +30,16 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def _check(deepspeed: Any, full: dict[str, Any]) -> None:
+    """Lets DeepSpeed judge what it alone knows: the keys inside the sections."""
+    try:
+        deepspeed.DeepSpeedConfig(full)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"--deepspeed_config: refused by DeepSpeed ({' '.join(str(error).split())})"
+        ) from None
+
+
 class DeepSpeedEngine:
     """ZeRO data parallelism; float32 weights, precision of the passes by ``torch_autocast``.
 
@@ -44,6 +54,7 @@ class DeepSpeedEngine:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False)
         full = merge(ds_config, config, world.size)
+        _check(deepspeed, full)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(module, config), config=full, dist_init_required=False
         )
@@ -52,7 +63,7 @@ class DeepSpeedEngine:
         self._fragments = deepspeed.utils
         self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         precision = ds_config.get("torch_autocast", {})
-        self._dtype = getattr(torch, precision.get("dtype", "bfloat16")) if precision.get("enabled") else None
+        self._autocast = bool(precision.get("enabled"))
         self._device_type = world.device.type
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -62,11 +73,16 @@ class DeepSpeedEngine:
     def descend(self, loss: Tensor, lr: float) -> None:
         set_lr(self._engine.optimizer, lr)
         self._engine.backward(loss)
+        if not self._stage:
+            # DeepSpeed reports no norm for ZeRO 0; the gradients are whole and averaged by now.
+            gradients = [parameter.grad for _, parameter in trainable(self.module)]
+            self.grad_norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         self._engine.step()
-        self.grad_norm = self._engine.get_global_grad_norm()
+        if self._stage:
+            self.grad_norm = self._engine.get_global_grad_norm()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device_type, self._dtype) if self._dtype else nullcontext()
+        return torch.autocast(self._device_type, torch.bfloat16) if self._autocast else nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
@@ -85,9 +101,9 @@ class DeepSpeedEngine:
         if self._stage:
             for _, parameter in self.module.named_parameters():
                 self._fragments.safe_set_full_fp32_param(parameter, parameter.detach())
+        self._allocate_moments(state["step"])
         if not state["step"]:
             return
-        self._allocate_moments(state["step"])
         for name, parameter in trainable(self.module):
             for key in MOMENTS:
                 value = state[f"{key}.{name}"].to(parameter)

@@ -37,6 +37,7 @@ PRECISION_HINT = (
     'use "torch_autocast": {"enabled": true, "dtype": "bfloat16"}, which keeps them float32'
 )
 SUPPORTED_STAGES = (0, 1, 2)
+AUTOCAST_KEYS = {"enabled", "dtype", "lower_precision_safe_modules"}
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
@@ -63,9 +64,11 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         if key not in ALLOWED:
             raise UserError(f"{where}: unknown key {key}; allowed: {', '.join(sorted(ALLOWED))}")
     _refuse_auto(config, where)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in SUPPORTED_STAGES:
-        raise UserError(f"{where}: zero_optimization.stage is {stage!r}, supported are 0, 1 and 2")
+    for section in ("zero_optimization", "torch_autocast"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{where}: {section} is {config[section]!r}, expected an object")
+    _check_zero(config.get("zero_optimization", {}), where)
+    _check_autocast(config.get("torch_autocast", {}), where)
     return config
 
 
@@ -80,6 +83,28 @@ def merge(ds_config: dict[str, Any], level: LevelConfig, world_size: int) -> dic
         "gradient_clipping": level.clip,
         "steps_per_print": 10**9,
     }
+
+
+def _check_zero(section: dict[str, Any], where: str) -> None:
+    stage = section.get("stage", 0)
+    if stage not in SUPPORTED_STAGES or isinstance(stage, bool):
+        raise UserError(f"{where}: zero_optimization.stage is {stage!r}, supported are 0, 1 and 2")
+    for key in ("offload_optimizer", "offload_param"):
+        if key in section:
+            raise UserError(f"{where}: zero_optimization.{key} is not supported; remove it")
+
+
+def _check_autocast(section: dict[str, Any], where: str) -> None:
+    unknown = [key for key in section if key not in AUTOCAST_KEYS]
+    if unknown:
+        # DeepSpeed would ignore it.
+        known = ", ".join(sorted(AUTOCAST_KEYS))
+        raise UserError(f"{where}: unknown key torch_autocast.{unknown[0]}; allowed: {known}")
+    if section.get("dtype", "bfloat16") != "bfloat16":
+        # float16 would need its losses scaled, and DeepSpeed then skips steps silently.
+        raise UserError(f"{where}: torch_autocast.dtype is {section['dtype']!r}, supported is 'bfloat16'")
+    if not isinstance(section.get("enabled", False), bool):
+        raise UserError(f"{where}: torch_autocast.enabled is {section['enabled']!r}, expected true or false")
 
 
 def _refuse_auto(node: Any, where: str, field: str = "") -> None:

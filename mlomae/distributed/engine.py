@@ -92,8 +92,10 @@ class TorchEngine:
     def descend(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        for parameter, gradient in zip(self._parameters, collectives.average(gradients), strict=True):
+        gradients = collectives.average(
+            [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        )
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         self.grad_norm = nn.utils.get_total_norm(gradients)
         if self.clip:
@@ -124,6 +126,14 @@ class TorchEngine:
                 "step": state["step"].clone(),
                 **{key: state[f"{key}.{name}"].to(parameter, copy=True) for key in MOMENTS},
             }
+
+
+def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what an engine's ``state_dict`` holds once it has taken a step."""
+    shapes = {f"weight.{name}": tuple(value.shape) for name, value in module.state_dict().items()}
+    for name, parameter in trainable(module):
+        shapes |= {f"{key}.{name}": tuple(parameter.shape) for key in MOMENTS}
+    return {**shapes, "step": ()}
 
 
 def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,48 +30,64 @@ class World:
         """Rank 0: the one that writes and prints."""
         return self.rank == 0
 
-    def share_of(self, batch_size: int, field: str) -> int:
-        """This rank's share of a global batch.
 
-        Raises:
-            UserError: the batch does not divide evenly.
-        """
-        if batch_size % self.size:
-            raise UserError(f"{field}: {batch_size} is not divisible by the {self.size} ranks of this run")
-        return batch_size // self.size
-
-
-def join_world(device: str) -> World:
+def join_world(device: str, always_group: bool = False) -> World:
     """Reads the launcher's variables and joins the process group; one process needs neither.
 
     Args:
         device: auto, cpu or cuda.
+        always_group: a process on its own joins a group too (DeepSpeed needs one).
 
     Raises:
-        UserError: cuda is asked for and absent, or the launcher's variables are incomplete.
+        UserError: cuda is asked for and absent, or the launcher's variables are wrong or incomplete.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("device: cuda asked for, but torch sees no GPU; use auto or cpu")
-    kind = "cuda" if available and device != "cpu" else "cpu"
-    rank, size, local_rank = (_integer(name, default) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    if kind == "cuda":
-        torch.cuda.set_device(local_rank)
-    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    rank, size, local_rank = _integer("RANK", 0), _integer("WORLD_SIZE", 1), _integer("LOCAL_RANK", 0)
+    if rank >= size:
+        raise UserError(f"environment variable RANK: found {rank}, expected less than WORLD_SIZE ({size})")
+    target = torch.device("cpu")
+    if available and device != "cpu":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"environment variable LOCAL_RANK: found {local_rank}, but there are {count} GPUs here; "
+                "start as many processes as GPUs, or use --device cpu"
+            )
+        target = torch.device("cuda", local_rank)
+        torch.cuda.set_device(target)
+    if (size > 1 or always_group) and not dist.is_initialized():
+        _join_group("nccl" if target.type == "cuda" else "gloo", rank, size)
     return World(rank, size, target)
+
+
+def _join_group(backend: str, rank: int, size: int) -> None:
+    if size == 1:
+        # Nobody to meet: no port, and no launcher whose variables DeepSpeed insists on.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's __all__ omits it
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"environment variable {missing[0]}: missing with WORLD_SIZE={size}; "
+            "start with torchrun or deepspeed"
+        )
+    dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def leave_world() -> None:
     """Leaves the process group, if one was joined."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # DeepSpeed, where it is in use, has to forget the group too, or the next run finds a dead one.
+        comm: Any = sys.modules.get("deepspeed.comm")
+        (comm if comm and comm.is_initialized() else dist).destroy_process_group()
 
 
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"environment variable {name}: found {text!r}, expected a whole number")
     return int(text)

@@ -8,6 +8,8 @@ import math
 def warmup_cosine(iteration: int, iterations: int, lr: float, min_lr: float, warmup: float) -> float:
     """Linear warm-up over a share of the run, then a cosine that reaches ``min_lr`` at the last iteration.
 
+    A run with no more than one iteration after its warm-up ends at ``lr``.
+
     Args:
         iteration: 0 … iterations - 1.
         iterations: length of the run.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import mlomae_kernels
 
-# (embed_dim, depth, num_heads); all but vit_micro are timm's sizes of that name.
+# (embed_dim, depth, num_heads); all but the two smallest are timm's sizes of that name.
 SIZES: dict[str, tuple[int, int, int]] = {
+    "vit_pico": (64, 2, 4),
     "vit_micro": (96, 4, 4),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),

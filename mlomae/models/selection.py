@@ -87,7 +87,9 @@ class MaskPolicy:
 
 
 def block_keys(noise: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Keys that remove contiguous blocks: the patches nearest to a few random centres.
+    """Keys that remove contiguous blocks: the patches nearest to ``NUM_BLOCKS`` random centres.
+
+    A block is connected through sides or corners; blocks that meet merge.
 
     Args:
         noise: [B, L] uniform numbers; the first few of a row place its blocks.

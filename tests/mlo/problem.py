@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
 from mlomae import objectives
 from mlomae.config import Config
@@ -24,15 +26,20 @@ from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
 
 NUM_CLASSES = 10
-BATCH = 16
+BATCH = 4
+EMBED_DIM, DEPTH, NUM_HEADS = 128, 6, 4
+ITERATION = 0
+"""The outer iteration whose learning rates are used; without warm-up they are the highest ones."""
+
+Module = TypeVar("Module", bound=nn.Module)
+Named = dict[str, Tensor]
 
 
 class TensorStream:
-    """Batches of one fixed random data set: structured images and labels that depend on them."""
+    """An endless stream of structured random images with labels that depend on them."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.dtype = dtype
         self.number = 0
 
     def next(self) -> Batch:
@@ -41,121 +48,178 @@ class TensorStream:
         images = images + 0.1 * torch.randn(images.shape, generator=self.generator)
         labels = coarse.mean(dim=(1, 2, 3)).mul(12).round().long() % NUM_CLASSES
         self.number += 1
-        return Batch(images.to(self.dtype), labels, self.number - 1, 0)
+        return Batch(images, labels, self.number - 1, 0)
 
 
 @dataclass
 class Problem:
     """Three levels and the batches at which the hypergradient is taken."""
 
-    levels: tuple[PretrainLevel, HeadLevel, MaskLevel]
+    config: Config
+    pretrain: PretrainLevel
+    head: HeadLevel
+    mask: MaskLevel
     masked: MaskedBatch
     train: Batch
     heldout: Batch
 
-    def hypergradient(self) -> list[Tensor]:
-        """The gradient that the mask level descends along."""
-        pretrain, _, mask = self.levels
-        direction = mask.direction(self.train, self.heldout, iteration=0)
-        influence, _ = mask.influence(self.masked, direction)
-        probability = mask.engine.module(self.masked.tokens).sigmoid()
-        loss = objectives.mask_loss(probability, self.masked.selection.mask, influence, pretrain.lr(0))
-        return list(torch.autograd.grad(loss, parameters_of(mask.engine.module)))
-
-    def exact(self) -> list[Tensor]:
-        """The same by double backward for v and forward mode for the mixed product, in float64."""
-        pretrain, head, mask = self.levels
-        module = self._double(pretrain.engine.module)
-        network = self._double(mask.engine.module)
-        classifier = self._double(head.engine.module)
-        theta = {name: p.detach() for name, p in trainable(module)}
-        phi = {name: p.detach() for name, p in trainable(network)}
-        images = self.masked.images.double()
-        assert self.masked.tokens is not None
-        tokens = self.masked.tokens.double()
-        removed = self.masked.selection.mask.double()
-        selection = type(self.masked.selection)(
-            self.masked.selection.ids_keep, self.masked.selection.ids_restore, removed
+    def converted(self, dtype: torch.dtype, **changes: Any) -> Problem:
+        """The same weights and batches in another precision; ``changes`` are sections of the recipe."""
+        config = Config.model_validate(_merge(self.config.model_dump(), changes))
+        modules = [copy.deepcopy(level.engine.module).to(dtype) for level in self._levels]
+        lower, middle, upper = _levels_of(config, *modules)
+        assert self.masked.tokens is not None and self.masked.scores is not None
+        masked = MaskedBatch(
+            self.masked.images.to(dtype),
+            self.masked.selection,
+            self.masked.tokens.to(dtype),
+            self.masked.scores.to(dtype),
         )
+        train, heldout = (replace(b, images=b.images.to(dtype)) for b in (self.train, self.heldout))
+        return Problem(config, lower, middle, upper, masked, train, heldout)
 
-        def pretrain_loss(theta: dict[str, Tensor], phi: dict[str, Tensor]) -> Tensor:
-            errors = functional_call(module, theta, (images, selection))
+    def hypergradient(self) -> Tensor:
+        """The gradient that the mask level descends along, flat."""
+        direction = self.mask.direction(self.train, self.heldout, ITERATION)
+        influence, _ = self.mask.influence(self.masked, direction)
+        probability = self.network(self.masked.tokens).sigmoid()
+        lr = self.pretrain.lr(ITERATION)
+        loss = objectives.mask_loss(probability, self.masked.selection.mask, influence, lr)
+        return flat(torch.autograd.grad(loss, parameters_of(self.network)))
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The same by double backward for v and forward mode for the mixed product, in float64.
+
+        Taken at the present weights: read it before anything moves them.
+        """
+        module, network = _double(self.autoencoder), _double(self.network)
+        assert self.masked.tokens is not None
+        images, tokens = self.masked.images.double(), self.masked.tokens.double()
+        theta, phi = detached(module), detached(network)
+
+        def pretrain_loss(theta: Named, phi: Named) -> Tensor:
+            errors = functional_call(module, theta, (images, self.masked.selection))
             p = functional_call(network, phi, (tokens,)).sigmoid()
-            return (removed * p * errors).sum() / removed.sum()
+            return objectives.pretrain_loss(errors, self.masked.selection.mask.double(), p)
 
+        # Fused attention has no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            v = self._exact_direction(module, classifier, theta)
-            _, product = jvp(lambda t: grad(pretrain_loss, argnums=1)(t, phi), (theta,), (v,))
-        return [-pretrain.lr(0) * product[name] for name in phi]
+            v = self.exact_direction()
+            product = jvp(lambda t: grad(pretrain_loss, argnums=1)(t, phi), (theta,), (v,))[1]
+        return flat([-self.pretrain.lr(ITERATION) * product[name] for name in phi])
 
-    def _exact_direction(
-        self, module: MaskedAutoencoder, classifier: ClassifierHead, theta: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        _, head, mask = self.levels
-        leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
-        inside = {name.removeprefix("encoder."): p for name, p in leaves.items() if "encoder." in name}
-        pool = mask.pool
-
-        def features(images: Tensor) -> Tensor:
-            return pool_features(functional_call(module.encoder, inside, (images.double(),)), pool)
-
-        weights = {name: p.detach().requires_grad_() for name, p in classifier.named_parameters()}
-        if mask.levels == 3:
-            logits = functional_call(classifier, weights, (features(self.train.images),))
-            loss = cross_entropy(logits, self.train.labels)
-            grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-            lr = head.lr(0)
-            weights = {n: w - lr * g for (n, w), g in zip(weights.items(), grads, strict=True)}
-        logits = functional_call(classifier, weights, (features(self.heldout.images),))
-        loss = cross_entropy(logits, self.heldout.labels)
-        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, grads, strict=True))
-
-    @staticmethod
-    def _double(module):  # type: ignore[no-untyped-def]  # same type in and out
-        import copy
-
-        return copy.deepcopy(module).double()
-
-
-def build_problem(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, levels: int, steps: int, **sections: dict
-) -> Problem:
-    """Depth 6, width 128, 64 patches; trained for ``steps`` outer iterations first."""
-    monkeypatch.setitem(encoder_module.SIZES, "vit_micro", (128, 6, 4))
-    config = Config.model_validate(
-        {
-            "levels": levels,
-            "iterations": 1000,
-            "model": dict(arch="vit_micro", img_size=16, patch_size=2, decoder_dim=64,
-                          decoder_depth=2, decoder_heads=4),
-            "pretrain": dict(batch_size=BATCH, warmup=0.0, lr=1e-3, unroll_steps=1),
-            "head": dict(batch_size=BATCH, warmup=0.0, lr=1e-2),
-            "mask": dict(batch_size=BATCH, warmup=0.0, lr=1e-3),
-            **sections,
+    def exact_direction(self) -> Named:
+        """d L_val / d theta by name, through every path at once, in float64."""
+        module = _double(self.autoencoder)
+        leaves = {name: p.requires_grad_() for name, p in detached(module).items()}
+        grads = torch.autograd.grad(
+            self.heldout_loss(module, leaves), list(leaves.values()), allow_unused=True
+        )
+        return {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), grads, strict=True)
         }
-    )  # fmt: skip
-    torch.manual_seed(0)
-    grid = config.model.grid
-    module = MaskedAutoencoder(config.model).to(dtype)
-    head = ClassifierHead(128, NUM_CLASSES).to(dtype)
-    network = build_masking_network(config.masking, grid, 128).to(dtype)
-    streams = [TensorStream(seed, dtype) for seed in (1, 2, 3)]
-    policy = MaskPolicy(config.masking, grid, config.num_keep, seed=0)
-    lower = PretrainLevel(TorchEngine(module, config.pretrain), streams[0], config, policy, network)
-    middle = HeadLevel(TorchEngine(head, config.head), streams[1], config.head, config)
-    upper = MaskLevel(TorchEngine(network, config.mask), streams[2], config, lower, middle)
+
+    def heldout_loss(self, module: MaskedAutoencoder, theta: Named) -> Tensor:
+        """L_val(theta, w') in float64, where w' is the head after its look-ahead step (levels 3) or w."""
+        prefix = "encoder."
+        inside = {name.removeprefix(prefix): p for name, p in theta.items() if name.startswith(prefix)}
+        head = _double(self.head.engine.module)
+        weights = {name: p.requires_grad_() for name, p in detached(head).items()}
+
+        def loss(batch: Batch, weights: Named) -> Tensor:
+            assert batch.labels is not None
+            tokens = functional_call(module.encoder, inside, (batch.images.double(),))
+            logits = functional_call(head, weights, (pool_features(tokens, self.mask.pool),))
+            return objectives.head_loss(logits, batch.labels)
+
+        if self.config.levels == 3:
+            grads = torch.autograd.grad(loss(self.train, weights), list(weights.values()), create_graph=True)
+            lr = self.head.lr(ITERATION)
+            weights = {name: w - lr * g for (name, w), g in zip(weights.items(), grads, strict=True)}
+        return loss(self.heldout, weights)
+
+    @property
+    def autoencoder(self) -> MaskedAutoencoder:
+        return self.pretrain.autoencoder
+
+    @property
+    def network(self) -> nn.Module:
+        return self.mask.engine.module
+
+    @property
+    def _levels(self) -> tuple[PretrainLevel, HeadLevel, MaskLevel]:
+        return self.pretrain, self.head, self.mask
+
+    def weights(self) -> list[Tensor]:
+        """Copies of every tensor of the three modules, to compare bit for bit."""
+        return [t.clone() for level in self._levels for t in level.engine.module.state_dict().values()]
+
+
+def build_problem(steps: int, **changes: Any) -> Problem:
+    """Depth 6, width 128, 64 patches, float32; first trained for ``steps`` outer iterations."""
+    base = {
+        "iterations": 1000,
+        "model": dict(arch="vit_micro", img_size=16, patch_size=2,
+                      decoder_dim=64, decoder_depth=2, decoder_heads=4),
+        "pretrain": dict(batch_size=BATCH, warmup=0.0, lr=1e-3, unroll_steps=1),
+        "head": dict(batch_size=BATCH, warmup=0.0, lr=1e-2),
+        "mask": dict(batch_size=BATCH, warmup=0.0, lr=1e-3),
+    }  # fmt: skip
+    config = Config.model_validate(_merge(base, changes))
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoder_module.SIZES, "vit_micro", (EMBED_DIM, DEPTH, NUM_HEADS))
+        torch.manual_seed(0)
+        module = MaskedAutoencoder(config.model)
+        head = ClassifierHead(EMBED_DIM, NUM_CLASSES)
+        network = build_masking_network(config.masking, config.model.grid, EMBED_DIM)
+    lower, middle, upper = _levels_of(config, module, head, network)
+    streams = [TensorStream(seed) for seed in (1, 2, 3)]
     for _ in range(steps):
-        masked, _ = lower.step(streams[0].next(), 0)
+        masked, _ = lower.step(streams[0].next(), ITERATION)
         train, heldout = streams[1].next(), streams[2].next()
-        direction = upper.direction(train, heldout, 0)
-        middle.step(direction.train_features, train.labels, 0)
-        upper.step(masked, direction, 0)
+        direction = upper.direction(train, heldout, ITERATION)
+        assert train.labels is not None
+        middle.step(direction.train_features, train.labels, ITERATION)
+        upper.step(masked, direction, ITERATION)
     masked = lower.mask(streams[0].next())
-    return Problem((lower, middle, upper), masked, streams[1].next(), streams[2].next())
+    return Problem(config, lower, middle, upper, masked, streams[1].next(), streams[2].next())
 
 
-def relative_error(approximate: list[Tensor], exact: list[Tensor]) -> float:
-    a = torch.cat([t.flatten().double() for t in approximate])
-    b = torch.cat([t.flatten().double() for t in exact])
-    return float((a - b).norm() / b.norm())
+def _levels_of(
+    config: Config, module: nn.Module, head: nn.Module, network: Any
+) -> tuple[PretrainLevel, HeadLevel, MaskLevel]:
+    policy = MaskPolicy(config.masking, config.model.grid, config.num_keep, seed=0)
+    unused: Any = None  # the tests hand batches to the levels themselves
+    lower = PretrainLevel(TorchEngine(module, config.pretrain), unused, config, policy, network)
+    middle = HeadLevel(TorchEngine(head, config.head), unused, config.head, config)
+    upper = MaskLevel(TorchEngine(network, config.mask), unused, config, lower, middle)
+    return lower, middle, upper
+
+
+def relative_error(approximate: Tensor, exact: Tensor) -> float:
+    """Distance of two vectors divided by the length of the exact one."""
+    return float((approximate.double() - exact).norm() / exact.norm())
+
+
+def flat(tensors: Any) -> Tensor:
+    """Tensors one after another as a vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def detached(module: nn.Module) -> Named:
+    """The trainable parameters by name, without graph, as copies."""
+    return {name: p.detach().clone() for name, p in trainable(module)}
+
+
+def _double(module: Module) -> Module:
+    return copy.deepcopy(module).double()
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``changes`` laid over ``base``, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged

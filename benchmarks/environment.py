@@ -1,0 +1,66 @@
+"""Where and with what a figure was measured: the part of every record that makes it comparable."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_PACKAGES = ("torch", "timm", "numpy", "scikit-learn")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, machine and versions; ``device`` is always the CPU, the only one these benchmarks use."""
+    return {
+        "git": _git(),
+        "machine": {
+            "device": "cpu",
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": platform.system(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in _PACKAGES},
+        },
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker writes it, where the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """'Intel(R) Xeon(R) Processor' → 'intel-xeon-processor'."""
+    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def _git() -> dict[str, Any]:
+    """The commit, and whether the files measured differ from it; recorded results do not count."""
+    sha = _git_output("rev-parse", "HEAD")
+    changes = _git_output("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+    return {"sha": sha, "dirty": None if changes is None else bool(changes)}
+
+
+def _git_output(*arguments: str) -> str | None:
+    """What git prints; None outside a clone."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

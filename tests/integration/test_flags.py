@@ -1,0 +1,288 @@
+"""Every field of the configuration has an effect: one entry per field, each compared with a base run.
+
+An entry says what is changed and what must then differ. Runs are deterministic, which is tested first, so a
+difference comes from the field.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mlomae import evaluate
+from mlomae.config import Config, flatten
+from mlomae.data import sources
+from mlomae.distributed.env import join_world
+from mlomae.errors import UserError
+from mlomae.run_dir import RunDir
+from mlomae.trainer import Trainer
+from tests.integration.tiny import Fields, TrainOnly, read_metrics, tiny_config, train
+
+FIELDS = sorted(flatten(Config().model_dump()))
+BASE: dict[str, Any] = {"keep_checkpoints": 9, "data.workers": 0}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a field is set to, beside which others, and the observation that must change."""
+
+    value: Any
+    on: str
+    beside: Fields
+
+
+def on_training(value: Any, **beside: Any) -> Effect:
+    """Losses and mask statistics change from some iteration on."""
+    return Effect(value, "training", {name.replace("__", "."): v for name, v in beside.items()})
+
+
+def on(observation: str, value: Any) -> Effect:
+    return Effect(value, observation, {})
+
+
+def of_rates(level: str, **more: Effect) -> dict[str, Effect]:
+    """The entries that all levels share."""
+    entries = {
+        "batch_size": on_training(16),
+        "lr": on_training(2e-3),
+        "min_lr": on_training(1e-3),
+        "warmup": on_training(1.0),
+        "weight_decay": on_training(0.7),
+        "betas": on_training((0.5, 0.6)),
+        "eps": on_training(1e-2),
+        "clip": on_training(1e-9),
+    }
+    return {f"{level}.{name}": entry for name, entry in {**entries, **more}.items()}
+
+
+EFFECTS: dict[str, Effect] = {
+    "seed": on_training(1),
+    "iterations": on("lines", 5),
+    "levels": on_training(2),
+    "run_dir": on("folder", None),
+    "device": on("device", "cuda"),
+    "log_every": on("lines", 3),
+    "checkpoint_every": on("checkpoints", 3),
+    "picture_every": on("pictures", 3),
+    "keep_checkpoints": on("checkpoints", 1),
+    "model.arch": on_training("vit_micro"),
+    "model.img_size": on_training((16, 8)),
+    "model.patch_size": on_training(4),
+    "model.in_chans": on("channels", 3),
+    "model.decoder_dim": on_training(32),
+    "model.decoder_depth": on_training(2),
+    "model.decoder_heads": on_training(4),
+    "model.norm_pix": on_training(False),
+    "model.pool": on_training("cls"),
+    "masking.policy": on_training("weighted-random"),
+    "masking.ratio": on_training(0.75),
+    "masking.network": on_training("mlp"),
+    "masking.hidden": on_training(16),
+    "masking.logit_bound": on_training(0.5),
+    "masking.selection": on_training("topk"),
+    "masking.temperature": on_training(9.0),
+    "masking.random_share": on_training(0.9),
+    "data.dataset": on("images", "folder"),
+    "data.path": on("images", None),
+    "data.download": on("download", True),
+    "data.heldout_fraction": on_training(0.4),
+    "data.test_fraction": on_training(0.4),
+    "data.split_seed": on_training(1),
+    "data.augment": on_training("shift"),
+    "data.workers": on("workers", 1),
+    **of_rates("pretrain", unroll_steps=on_training(1)),
+    **of_rates("head"),
+    **of_rates("mask"),
+    "hypergradient.radius": on_training(1e-2),
+    "eval.batch_size": on("evaluation batches", 100),
+    "eval.knn_k": on("accuracy", 300),
+    "eval.pixels": on("result", True),
+}
+
+
+class Observed(TrainOnly):
+    """Counts pictures and loader processes as it trains."""
+
+    pictures = 0
+    workers = 0
+
+    def _draw(self) -> None:
+        self.pictures += 1
+        Image.new("L", (1, 1)).save(self.run_dir.picture)
+
+    def save(self) -> None:
+        self.workers = max(self.workers, len(multiprocessing.active_children()))
+        super().save()
+
+
+def observe(folder: Path, fields: Fields) -> dict[str, Any]:
+    """Trains a tiny run and reports what it did."""
+    config = tiny_config({"run_dir": folder, **BASE, **fields})
+    trainer = train(config, kind=Observed)
+    assert isinstance(trainer, Observed)
+    rows = read_metrics(folder)
+    return {
+        # What was learned, not the rates that are logged beside it.
+        "training": [{k: v for k, v in row.items() if not k.startswith("lr/")} for row in rows],
+        "lines": [row["step"] for row in rows],
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "pictures": trainer.pictures,
+        "workers": trainer.workers,
+    }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return observe(tmp_path_factory.mktemp("base") / "run", {})
+
+
+def test_every_field_has_an_entry() -> None:
+    assert sorted(EFFECTS) == FIELDS
+
+
+def test_runs_are_repeatable(base: dict[str, Any], tmp_path: Path) -> None:
+    assert observe(tmp_path / "run", {}) == base
+
+
+@pytest.mark.parametrize("field", [name for name, effect in EFFECTS.items() if effect.on == "training"])
+def test_training_changes_with(field: str, base: dict[str, Any], tmp_path: Path) -> None:
+    effect = EFFECTS[field]
+    default = flatten(tiny_config(BASE).model_dump())[field]
+    assert effect.value != default
+
+    rows = observe(tmp_path / "run", {field: effect.value, **effect.beside})["training"]
+
+    assert any(differ(row, before) for row, before in zip(rows, base["training"], strict=True))
+
+
+def differ(row: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a loss or a mask statistic differs by more than the last bits."""
+    return row.keys() != before.keys() or any(
+        value != pytest.approx(before[name], rel=1e-6, abs=1e-12)
+        for name, value in row.items()
+        if isinstance(value, float)
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("iterations", [1, 2, 3, 4, 5]),
+        ("log_every", [2, 3, 4]),  # checkpoints at 2 and 4 log too
+        ("checkpoint_every", ["step-00000003", "step-00000004"]),
+        ("keep_checkpoints", ["step-00000004"]),
+        ("picture_every", 2),
+        ("data.workers", 3),  # one for each level
+    ],
+)
+def test_what_a_run_leaves_changes_with(
+    field: str, expected: Any, base: dict[str, Any], tmp_path: Path
+) -> None:
+    effect = EFFECTS[field]
+
+    found = observe(tmp_path / "run", {field: effect.value})[effect.on]
+
+    assert found == expected
+    assert found != base[effect.on]
+
+
+def test_workers_do_not_change_the_numbers(base: dict[str, Any], tmp_path: Path) -> None:
+    assert observe(tmp_path / "run", {"data.workers": 1})["training"] == base["training"]
+
+
+def test_run_dir_receives_everything(tmp_path: Path) -> None:
+    train(tiny_config({"run_dir": tmp_path / "some" / "where", "iterations": 1}))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+    left = {path.name for path in (tmp_path / "some" / "where").iterdir()} - {".lock"}
+    assert left == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "mask.png", "encoder.safetensors",
+    }  # fmt: skip
+
+
+def test_device_is_honoured() -> None:
+    if torch.cuda.is_available():
+        assert join_world("cuda").device.type == join_world("auto").device.type == "cuda"
+    else:
+        with pytest.raises(UserError, match=r"^device: cuda asked for"):
+            join_world("cuda")
+    assert join_world("cpu").device.type == "cpu"
+
+
+def test_in_chans_must_suit_the_data_and_reaches_the_model(fill_images: Callable[..., Path]) -> None:
+    folder = fill_images(mode="RGB")
+    shapes = {}
+    for in_chans in (1, 3):
+        fields = {"data.dataset": "folder", "data.path": folder, "model.in_chans": in_chans}
+        trainer = build(fields)
+        images = trainer.levels.pretrain.next_batch(torch.device("cpu")).images
+        shapes[in_chans] = (
+            images.shape[1],
+            trainer.levels.pretrain.autoencoder.encoder.patch_embed.proj.in_channels,
+        )
+    assert shapes == {1: (1, 1), 3: (3, 3)}
+    with pytest.raises(UserError, match=r"^model\.in_chans: found 3, but digits has 1"):
+        build({"model.in_chans": 3})
+
+
+def test_dataset_and_path_choose_the_images(fill_images: Callable[..., Path]) -> None:
+    folder, other = fill_images(mode="L"), fill_images(mode="L", first=500)
+    digits = build({})
+    seen = [digits.loaders.sample_images("train", 4)]
+    for path in (folder, other):
+        trainer = build({"data.dataset": "folder", "data.path": path})
+        seen.append(trainer.loaders.sample_images("train", 4))
+        assert trainer.loaders.num_classes == 2 != digits.loaders.num_classes
+
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_download_fetches_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Path]] = []
+    monkeypatch.setattr(sources, "_download_cifar", lambda name, path: asked.append((name, path)))
+    fields = {"data.dataset": "cifar10", "data.path": tmp_path, "model.in_chans": 3}
+    for download in (False, True):
+        with pytest.raises(UserError, match=r"^data\.path: no CIFAR-10 in "):
+            build({**fields, "data.download": download})
+
+    assert asked == [("cifar10", tmp_path)]  # once, and only where it was wanted
+
+
+def test_evaluation_options_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "linear_accuracy", lambda *sets: 0.5)
+    accuracy, batches = {}, {}
+    for k, batch_size in ((1, 256), (300, 256), (1, 100)):
+        trainer = build({"eval.knn_k": k, "eval.batch_size": batch_size})
+        scores = evaluate.evaluate_features(evaluate.pixels, trainer.loaders, trainer.config, trainer.world)
+        assert scores is not None
+        accuracy[k, batch_size] = scores["knn_accuracy"]
+        batches[batch_size] = [len(batch.images) for batch in trainer.loaders.evaluation("test")]
+
+    assert accuracy[300, 256] < accuracy[1, 256] == accuracy[1, 100]
+    assert max(batches[256]) == 256
+    assert max(batches[100]) == 100
+    assert sum(batches[256]) == sum(batches[100])
+
+
+def test_pixels_are_scored_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "linear_accuracy", lambda *sets: 0.5)
+    keys = {}
+    for wanted in (False, True):
+        trainer = build({"run_dir": tmp_path, "eval.pixels": wanted})
+        keys[wanted] = trainer.evaluate().keys()
+
+    assert keys[True] - keys[False] == {"pixel_knn_accuracy", "pixel_linear_accuracy"}
+    assert keys[False] >= {"knn_accuracy", "linear_accuracy"}
+
+
+def build(fields: Fields) -> Trainer:
+    """A trainer that has not started."""
+    config = tiny_config(fields)
+    return Trainer(config, RunDir(config.run_dir, config), join_world("cpu"), None)

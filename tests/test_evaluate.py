@@ -1,0 +1,160 @@
+"""The scores of an encoder: right on easy data, blind to the test labels until the last moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.linear_model
+import torch
+from torch import Tensor
+
+from mlomae.config import Config
+from mlomae.data.loader import Batch
+from mlomae.distributed import collectives
+from mlomae.distributed.env import World
+from mlomae.evaluate import (
+    PROBE_STRENGTHS,
+    FeatureSet,
+    evaluate_features,
+    knn_accuracy,
+    linear_accuracy,
+    pixels,
+)
+
+CLASSES, DIM = 4, 6
+CPU = torch.device("cpu")
+
+
+def _blobs(count: int, seed: int, spread: float = 0.1) -> FeatureSet:
+    """One blob per class, far apart in angle as well as in distance."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(CLASSES, size=count)
+    features = 3 * np.eye(CLASSES, DIM)[labels] + spread * generator.normal(size=(count, DIM))
+    return FeatureSet(features.astype(np.float32), labels)
+
+
+def test_separable_blobs_are_classified_without_error() -> None:
+    train, heldout, test = _blobs(80, 0), _blobs(40, 1), _blobs(40, 2)
+    assert knn_accuracy(train, test, k=5) == 1.0
+    assert linear_accuracy(train, heldout, test) == 1.0
+
+
+def test_labels_without_relation_to_the_features_are_guessed() -> None:
+    shuffled = [
+        FeatureSet(_blobs(n, i).features, _blobs(n, i + 10).labels) for i, n in enumerate((400, 200, 400))
+    ]
+    train, heldout, test = shuffled
+    assert knn_accuracy(train, test, k=5) == pytest.approx(1 / CLASSES, abs=0.1)
+    assert linear_accuracy(train, heldout, test) == pytest.approx(1 / CLASSES, abs=0.1)
+
+
+def test_knn_looks_at_the_angle_and_takes_no_more_neighbours_than_there_are() -> None:
+    train = FeatureSet(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]))
+    test = FeatureSet(np.array([[100.0, 1.0], [0.01, 1.0], [5.0, 4.0]]), np.array([0, 1, 0]))
+    assert knn_accuracy(train, test, k=50) == 1.0
+
+
+def test_the_unit_of_a_feature_does_not_matter_to_the_probe() -> None:
+    sets = [_blobs(60, seed, spread=1.5) for seed in range(3)]
+    units = np.geomspace(1e-3, 1e3, DIM)
+    scaled = [FeatureSet(part.features * units, part.labels) for part in sets]
+    assert linear_accuracy(*scaled) == pytest.approx(linear_accuracy(*sets), abs=0.02)
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, np.ndarray]]:
+    """(strength, images, weights) of every probe that is fitted."""
+    seen: list[tuple[float, int, np.ndarray]] = []
+
+    class Recorded(sklearn.linear_model.LogisticRegression):  # type: ignore[misc]  # sklearn has no types
+        def fit(self, features: np.ndarray, labels: np.ndarray) -> Any:
+            super().fit(features, labels)
+            seen.append((self.C, len(labels), self.coef_.copy()))
+            return self
+
+    monkeypatch.setattr(sklearn.linear_model, "LogisticRegression", Recorded)
+    return seen
+
+
+def test_test_labels_take_no_part_in_the_choice(fitted: list[tuple[float, int, np.ndarray]]) -> None:
+    train, heldout, test = (_blobs(60, seed, spread=1.5) for seed in range(3))
+    permuted = FeatureSet(test.features, np.roll(test.labels, 7))
+    honest = linear_accuracy(train, heldout, test)
+    first = fitted.copy()
+    fitted.clear()
+    assert linear_accuracy(train, heldout, permuted) < honest - 0.2
+    assert [fit[:2] for fit in fitted] == [fit[:2] for fit in first]
+    assert all(np.array_equal(a[2], b[2]) for a, b in zip(first, fitted, strict=True))
+
+
+def test_strength_is_chosen_on_the_heldout_set_and_the_probe_fitted_on_both(
+    fitted: list[tuple[float, int, np.ndarray]],
+) -> None:
+    train, test = _blobs(40, 0, spread=2.5), _blobs(40, 1, spread=2.5)
+    chosen = set()
+    for seed in range(2, 8):
+        fitted.clear()
+        linear_accuracy(train, _blobs(30, seed, spread=2.5), test)
+        assert [fit[:2] for fit in fitted[:-1]] == [(strength, 40) for strength in PROBE_STRENGTHS]
+        assert fitted[-1][1] == 70
+        chosen.add(fitted[-1][0])
+    assert len(chosen) > 1  # other held-out sets, other choices
+
+
+class _Loaders:
+    """Blobs as 1 x 1 images with ``DIM`` channels, in batches of 16."""
+
+    def evaluation(self, part: str) -> Iterator[Batch]:
+        blobs = {"train": _blobs(90, 0, 1.5), "heldout": _blobs(40, 1, 1.5), "test": _blobs(70, 2, 1.5)}[part]
+        images, labels = torch.from_numpy(blobs.features)[:, :, None, None], torch.from_numpy(blobs.labels)
+        for number, start in enumerate(range(0, len(labels), 16)):
+            yield Batch(images[start : start + 16], labels[start : start + 16], number, 0)
+
+
+def _evaluate(world: World, seen: list[int]) -> dict[str, float] | None:
+    def encode(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return pixels(images)
+
+    loaders: Any = _Loaders()
+    return evaluate_features(encode, loaders, Config(), world)
+
+
+def test_two_ranks_share_the_work_and_find_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []
+    expected = _evaluate(World(0, 1, CPU), alone)
+    assert expected is not None and sum(alone) == 90 + 40 + 70
+    assert 0.5 < expected["knn_accuracy"] < 1
+
+    sent: list[Any] = []
+    monkeypatch.setattr(collectives, "gather_object", sent.append)  # rank 1 sends and receives None
+    second: list[int] = []
+    assert _evaluate(World(1, 2, CPU), second) is None
+    parts = iter(sent)
+    monkeypatch.setattr(collectives, "gather_object", lambda rows: [rows, next(parts)])
+    first: list[int] = []
+    found = _evaluate(World(0, 2, CPU), first)
+    assert sum(first) + sum(second) == sum(alone) and min(sum(first), sum(second)) > 60
+    assert found == pytest.approx(expected)
+
+
+def test_features_are_taken_without_a_graph() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    modes: list[bool] = []
+
+    def encode(images: Tensor) -> Tensor:
+        features = pixels(images) * weight
+        modes.append(features.requires_grad)
+        return features
+
+    loaders: Any = _Loaders()
+    evaluate_features(encode, loaders, Config(), World(0, 1, CPU))
+    assert modes and not any(modes)
+
+
+def test_pixels_are_the_image_as_a_row() -> None:
+    images = torch.randn(2, 3, 4, 5)
+    assert torch.equal(pixels(images), images.reshape(2, 60))
