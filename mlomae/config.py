@@ -201,7 +201,7 @@ class EvalConfig(Section):
     """Final evaluation on the test set."""
 
     batch_size: Positive = 256
-    knn_k: Positive = Field(10, description="neighbours of the k-NN classifier")
+    knn_k: Positive = Field(5, description="neighbours of the k-NN classifier")
     pixels: bool = Field(False, description="score raw pixels too, as the baseline without an encoder")
 
 

@@ -68,7 +68,7 @@ def refusal_of_text(folder: Path, text: str | bytes) -> str:
         ("masking.hidden", "10", "masking: hidden 10 is not a multiple of 4 (sin-cos positions)"),
         ("masking.policy", "leanred", "masking.policy: input should be 'learned', 'random', "),
         (
-            "data__dataset",
+            "data.dataset",
             "cifar10",
             "data: path is missing; dataset 'cifar10' needs the folder that holds it",
         ),

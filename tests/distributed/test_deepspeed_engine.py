@@ -120,9 +120,7 @@ def expected() -> dict[str, tuple[list[float], State, State, float]]:
 def assert_states_close(actual: State, desired: State, bound: float) -> None:
     assert actual.keys() == desired.keys()
     for name, value in desired.items():
-        torch.testing.assert_close(
-            actual[name], value, rtol=bound, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(actual[name], value, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("label", RATES)
@@ -195,9 +193,7 @@ def test_a_state_moves_from_every_stage_to_the_plain_engine(
     assert_states_close(onward["state"], state, 1e-6)
 
 
-def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(
-    results: Results, expected: Results
-) -> None:
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(results: Results, expected: Results) -> None:
     losses = expected["unclipped"][0]
     result = results["autocast"]
 
