@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from mlomae import __version__
 from mlomae.config import Config, Section, load_config
@@ -103,12 +103,14 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 
 def _describe(section: type[Section], prefix: str = "") -> list[str]:
-    """One line a field: name, default, description."""
+    """One line a field: name, default, choices or description."""
     lines = []
     for name, field in section.model_fields.items():
         default: Any = field.default
         if isinstance(default, Section):
             lines += ["", *_describe(type(default), f"{prefix}{name}.")]
         else:
-            lines.append(f"  --{prefix + name:<28} {default!s:<12} {field.description or ''}".rstrip())
+            choices = " | ".join(map(str, get_args(field.annotation)))
+            text = field.description or (choices if get_origin(field.annotation) is Literal else "")
+            lines.append(f"  --{prefix + name:<28} {default!s:<12} {text}".rstrip())
     return lines

@@ -44,10 +44,10 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Encoder and decoder of the masked autoencoder."""
 
-    arch: Arch = Field("vit_base", description="encoder size; the state dict is a timm ViT's")
+    arch: Arch = "vit_base"
     img_size: Positive | tuple[Positive, Positive] = Field(224, description="side, or [height, width]")
-    patch_size: Positive = 16
-    in_chans: Positive = 3
+    patch_size: Positive = Field(16, description="side of a patch; divides both sides of the image")
+    in_chans: Positive = Field(3, description="3 for RGB, 1 for greyscale")
     decoder_dim: Positive = 512
     decoder_depth: Positive = 8
     decoder_heads: Positive = 16
@@ -151,10 +151,10 @@ class LevelConfig(Section):
     """Optimisation of one level: AdamW, linear warm-up, then cosine decay to ``min_lr``."""
 
     batch_size: Positive = Field(256, description="global batch, summed over ranks")
-    lr: NonNegative = 1e-3
-    min_lr: NonNegative = 0.0
+    lr: NonNegative = Field(1e-3, description="highest learning rate")
+    min_lr: NonNegative = Field(0.0, description="learning rate of the last iteration")
     warmup: Share = Field(0.05, description="share of the run spent in linear warm-up")
-    weight_decay: NonNegative = 0.05
+    weight_decay: NonNegative = Field(0.05, description="of matrices only")
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip: NonNegative = Field(0.0, description="global gradient norm limit; 0 switches clipping off")
@@ -208,15 +208,15 @@ class EvalConfig(Section):
 class Config(Section):
     """One run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of weights, batches and noise")
     iterations: Positive = Field(200, description="outer iterations: K pretrain steps, head step, mask step")
     levels: Literal[2, 3] = Field(3, description="2 leaves the head's best response out of the hypergradient")
     run_dir: Path = Field(Path("runs/default"), description="folder that receives everything the run leaves")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    log_every: Positive = 10
-    checkpoint_every: Positive = 100
-    picture_every: Positive = 100
-    keep_checkpoints: Positive = 2
+    log_every: Positive = Field(10, description="iterations between lines of metrics.jsonl")
+    checkpoint_every: Positive = Field(100, description="iterations between checkpoints")
+    picture_every: Positive = Field(100, description="iterations between pictures of the mask")
+    keep_checkpoints: Positive = Field(2, description="checkpoints kept")
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     data: DataConfig = DataConfig()
