@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 
 Array = np.ndarray
+Encode = Callable[[Tensor], Tensor]
+"""Images [B, C, H, W] on the world's device → features [B, D]."""
 # Inverse regularisation strengths tried on the held-out set; the test set takes no part in the choice.
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 PROBE_ITERATIONS = 1000
@@ -31,24 +33,29 @@ class FeatureSet:
 
 
 def evaluate_features(
-    encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, config: Config, world: World
+    encoders: Mapping[str, Encode], loaders: LevelLoaders, config: Config, world: World
 ) -> dict[str, float]:
-    """Test accuracy of features from all training images; called on every rank.
+    """Test accuracies of frozen features; called on every rank.
 
     Args:
-        encode: images [B, C, H, W] → features [B, D], on the world's device.
+        encoders: by prefix of their results' names.
 
     Returns:
-        ``knn_accuracy`` and ``linear_accuracy`` in [0, 1] on rank 0, nothing elsewhere.
+        ``<prefix>knn_accuracy`` and ``<prefix>linear_accuracy`` in [0, 1] on rank 0, nothing elsewhere.
     """
-    names: tuple[Part, ...] = ("train", "heldout", "test")
-    train, heldout, test = (_features(encode, loaders, part, world) for part in names)
-    if train is None or heldout is None or test is None:
-        return {}
-    return {
-        "knn_accuracy": knn_accuracy(_join(train, heldout), test, config.eval.knn_k),
-        "linear_accuracy": linear_accuracy(train, heldout, test),
+    parts: tuple[Part, ...] = ("train", "heldout", "test")
+    # All features before any score: ranks that waited for rank 0's probes would time out.
+    collected = {
+        prefix: [_features(encode, loaders, part, world) for part in parts]
+        for prefix, encode in encoders.items()
     }
+    scores: dict[str, float] = {}
+    for prefix, (train, heldout, test) in collected.items():
+        if train is not None and heldout is not None and test is not None:
+            k = config.eval.knn_k
+            scores[f"{prefix}knn_accuracy"] = knn_accuracy(_join(train, heldout), test, k)
+            scores[f"{prefix}linear_accuracy"] = linear_accuracy(train, heldout, test)
+    return scores
 
 
 def knn_accuracy(train: FeatureSet, test: FeatureSet, k: int) -> float:
@@ -97,9 +104,7 @@ def _fit_probe(strength: float, part: FeatureSet) -> Any:
 
 
 @torch.no_grad()
-def _features(
-    encode: Callable[[Tensor], Tensor], loaders: LevelLoaders, part: Part, world: World
-) -> FeatureSet | None:
+def _features(encode: Encode, loaders: LevelLoaders, part: Part, world: World) -> FeatureSet | None:
     """One part's features on rank 0; every rank computes its share of the batches."""
     rows: list[tuple[Array, Array]] = []
     for number, batch in enumerate(loaders.evaluation(part)):

@@ -8,8 +8,7 @@ from typing import Any
 from mlomae.config import Config
 from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import load_ds_config
-from mlomae.distributed.env import World, join_world, leave_world
-from mlomae.errors import UserError
+from mlomae.distributed.env import join_world, leave_world
 from mlomae.run_dir import RunDir, Status
 from mlomae.trainer import Trainer
 
@@ -34,21 +33,8 @@ def run(config: Config, ds_path: Path | None = None) -> dict[str, Any]:
             return run_dir.read_result() if world.primary else {}
         # Built before the directory is taken: bad data leaves nothing behind.
         trainer = Trainer(config, run_dir, world, ds_config)
-        _claim(run_dir, world)
+        collectives.on_primary(lambda: run_dir.claim(primary=True))
         return trainer.fit()
     finally:
         run_dir.release()
         leave_world()
-
-
-def _claim(run_dir: RunDir, world: World) -> None:
-    """Rank 0 takes the directory; a refusal stops every rank."""
-    refusal = ""
-    if world.primary:
-        try:
-            run_dir.claim(primary=True)
-        except UserError as error:
-            refusal = str(error)
-    refusal = collectives.broadcast_object(refusal)
-    if refusal:
-        raise UserError(refusal)

@@ -15,12 +15,12 @@ from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
 from mlomae.distributed.engine import state_shapes, weights_of
 from mlomae.distributed.env import World
+from mlomae.errors import UserError
 from mlomae.evaluate import evaluate_features, pixels
 from mlomae.levels import MaskedBatch, Metrics, mean_of
 from mlomae.meters import FiniteGuard, Meters
 from mlomae.metrics import MetricsWriter
 from mlomae.models.encoder import pool_features
-from mlomae.preview import draw_preview
 from mlomae.run_dir import RunDir
 from mlomae.statistics import mask_agreement, score_statistics
 
@@ -149,6 +149,9 @@ class Trainer:
         return images / max(self.seconds, 1e-9)
 
     def _draw(self) -> None:
+        # Imported late: matplotlib is slow to load and only this rank needs it.
+        from mlomae.preview import draw_preview
+
         loaders, config = self.loaders, self.config
         images = loaders.sample_images("heldout", NUM_PREVIEW_IMAGES).to(self.world.device)
         mean, std = (
@@ -160,23 +163,31 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint and the encoder; called on every rank, written by rank 0."""
-        states = {name: level.engine.state_dict() for name, level in self.levels.by_name().items()}
-        if self.world.primary:
-            tensors = {f"{name}.{key}": t for name, state in states.items() for key, t in state.items()}
-            state = {
-                "iteration": self.iteration,
-                "seconds": self.seconds,
-                "streams": {name: level.stream.state_dict() for name, level in self.levels.by_name().items()},
-            }
-            checkpoint.save(
-                self.run_dir.checkpoints, self.iteration, tensors, state, self.config.keep_checkpoints
-            )
+        levels = self.levels.by_name()
+        states = {name: level.engine.state_dict() for name, level in levels.items()}
+        tensors = {f"{name}.{key}": t for name, state in states.items() for key, t in state.items()}
+        state = {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "streams": {name: level.stream.state_dict() for name, level in levels.items()},
+        }
+
+        def write() -> None:
+            folder, keep = self.run_dir.checkpoints, self.config.keep_checkpoints
+            checkpoint.save(folder, self.iteration, tensors, state, keep)
             self.run_dir.write_encoder(encoder_weights(states["pretrain"]))
-        collectives.barrier()
+
+        collectives.on_primary(write)
 
     def resume(self) -> None:
         """Continues from the newest intact checkpoint of the run directory, if there is one."""
         loaded = checkpoint.latest(self.run_dir.checkpoints)
+        step = None if loaded is None else loaded.step
+        if step != (agreed := collectives.broadcast_object(step)):
+            raise UserError(
+                f"run_dir {self.run_dir.path}: rank {self.world.rank} finds checkpoint {step}, rank 0 finds "
+                f"{agreed}; all ranks need the same file system"
+            )
         if loaded is None:
             return
         levels = self.levels.by_name()
@@ -212,11 +223,8 @@ class Trainer:
             "images_per_second": round(self.images_per_second, 2),
         }
         if self.loaders.num_classes is not None:
-            scores = evaluate_features(encode, self.loaders, self.config, self.world)
-            if self.config.eval.pixels:
-                raw = evaluate_features(pixels, self.loaders, self.config, self.world)
-                scores |= {f"pixel_{name}": value for name, value in raw.items()}
-            result |= scores
+            encoders = {"": encode} | ({"pixel_": pixels} if self.config.eval.pixels else {})
+            result |= evaluate_features(encoders, self.loaders, self.config, self.world)
         if not self.world.primary:
             return {}
         self.run_dir.write_result(result)

@@ -120,7 +120,7 @@ def _evaluate(world: World, seen: list[int]) -> dict[str, float] | None:
         return pixels(images)
 
     loaders: Any = _Loaders()
-    return evaluate_features(encode, loaders, Config(), world)
+    return evaluate_features({"": encode}, loaders, Config(), world)
 
 
 def test_two_ranks_share_the_work_and_find_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_features_are_taken_without_a_graph() -> None:
         return features
 
     loaders: Any = _Loaders()
-    evaluate_features(encode, loaders, Config(), World(0, 1, CPU))
+    evaluate_features({"": encode}, loaders, Config(), World(0, 1, CPU))
     assert modes and not any(modes)
 
 

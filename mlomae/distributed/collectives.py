@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mlomae.errors import UserError
 
 T = TypeVar("T")
 
@@ -57,7 +59,20 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def barrier() -> None:
-    """Waits for every rank."""
-    if _active():
-        dist.barrier()
+def on_primary(action: Callable[[], object]) -> None:
+    """Runs ``action`` on rank 0 while the others wait.
+
+    Raises:
+        UserError: on every rank, if rank 0 met one or could not write a file.
+    """
+    problem = ""
+    if not _active() or dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename or 'run_dir'}: cannot be written ({error.strerror or error})"
+    problem = broadcast_object(problem)
+    if problem:
+        raise UserError(problem)

@@ -24,7 +24,6 @@ def test_one_process_is_its_own_average() -> None:
     assert collectives.maximum(tensor) is tensor
     assert collectives.gather_object("a") == ["a"]
     assert collectives.broadcast_object("a") == "a"
-    collectives.barrier()
 
 
 def _exchange() -> dict[str, Any]:
@@ -114,3 +113,34 @@ def test_clipping_uses_the_norm_of_the_averaged_gradient() -> None:
     for norm, gradient in run_ranks(2, _clipped_step):
         assert norm == pytest.approx(expected)
         torch.testing.assert_close(gradient, torch.full((3, 2), 2 * 0.5 / expected), rtol=1e-5, atol=0)
+
+
+def _act_on_primary(case: str) -> str:
+    world = join_world("cpu")
+    done: list[int] = []
+
+    def action() -> None:
+        done.append(world.rank)
+        if case == "refused":
+            raise UserError("run_dir x: is taken")
+        if case == "disk full":
+            raise OSError(28, "No space left on device", "x/state.json")
+
+    try:
+        collectives.on_primary(action)
+    except UserError as error:
+        return str(error)
+    return f"done by {done}"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("case", "outcomes"),
+    [
+        ("fine", ["done by [0]", "done by []"]),
+        ("refused", ["run_dir x: is taken"] * 2),
+        ("disk full", ["x/state.json: cannot be written (No space left on device)"] * 2),
+    ],
+)
+def test_what_rank_0_meets_stops_every_rank(case: str, outcomes: list[str]) -> None:
+    assert run_ranks(2, _act_on_primary, case) == outcomes

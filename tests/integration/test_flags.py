@@ -260,8 +260,9 @@ def test_evaluation_options_are_honoured(monkeypatch: pytest.MonkeyPatch) -> Non
     accuracy, batches = {}, {}
     for k, batch_size in ((1, 256), (300, 256), (1, 100)):
         trainer = build({"eval.knn_k": k, "eval.batch_size": batch_size})
-        scores = evaluate.evaluate_features(evaluate.pixels, trainer.loaders, trainer.config, trainer.world)
-        assert scores is not None
+        encoders = {"": evaluate.pixels}
+        scores = evaluate.evaluate_features(encoders, trainer.loaders, trainer.config, trainer.world)
+        assert scores
         accuracy[k, batch_size] = scores["knn_accuracy"]
         batches[batch_size] = [len(batch.images) for batch in trainer.loaders.evaluation("test")]
 
