@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 # Before torch or a hub client is imported: no test may reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For the processes that tests start: another number of threads adds up in another order, and runs
+# that are compared bit for bit must not differ in it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -196,11 +197,12 @@ class LevelLoaders:
         return Subset(source, indices, self._config.model.size, self.mean, self.std)
 
 
-class _Batches(TorchDataset[Batch | UserError]):
+class _Batches(TorchDataset[Batch | UserError], ABC):
     """Whole batches by number. A UserError is returned: raised, a worker would wrap it in a traceback."""
 
+    @abstractmethod
     def read(self, number: int) -> Batch:
-        raise NotImplementedError
+        """This rank's part of batch ``number``."""
 
     def __getitem__(self, number: int) -> Batch | UserError:
         try:
