@@ -72,7 +72,7 @@ def test_ranks_together_select_what_one_rank_does(policy: str) -> None:
 
 def test_learned_topk_keeps_the_lowest_scores() -> None:
     scores = torch.randn(8, 24)
-    selection = _policy(selection="topk").select(scores, 8, 0, 0, CPU)
+    selection = _policy(selection="topk", random_share=0.0).select(scores, 8, 0, 0, CPU)
     expected = (scores > scores.sort(dim=1).values[:, 6:7]).float()
     assert torch.equal(selection.mask, expected)
 
@@ -87,7 +87,7 @@ def test_gumbel_removes_by_the_law_of_sampling_without_replacement(temperature: 
     """Two of four are removed, one after the other, with chances proportional to exp(score / temperature)."""
     scores = torch.tensor([-1.0, 0.0, 0.5, 1.2])
     draws = 20_000
-    policy = _policy(grid=(2, 2), keep=2, temperature=temperature)
+    policy = _policy(grid=(2, 2), keep=2, temperature=temperature, random_share=0.0)
     mask = policy.select(scores.expand(draws, -1), draws, 0, 0, CPU).mask
     weights = (scores / temperature).double().softmax(0).tolist()
     pairs = list(combinations(range(4), 2))
@@ -101,7 +101,7 @@ def test_gumbel_removes_by_the_law_of_sampling_without_replacement(temperature: 
 
 
 def test_gumbel_at_low_temperature_is_topk() -> None:
-    cold, sharp = _policy(temperature=1e-4), _policy(selection="topk")
+    cold, sharp = _policy(temperature=1e-4, random_share=0.0), _policy(selection="topk", random_share=0.0)
     assert torch.equal(_select(cold).mask, _select(sharp).mask)
 
 
