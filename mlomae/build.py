@@ -61,7 +61,8 @@ def build_levels(
 
     assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None
     torch.manual_seed(stream_seed(config.seed, "init", "head"))
-    classifier = ClassifierHead(embed_dim, loaders.num_classes)
+    num_features = embed_dim * len(model.pool.split("+"))
+    classifier = ClassifierHead(num_features, loaders.num_classes)
     torch.manual_seed(stream_seed(config.seed, "init", "mask"))
     network = build_masking_network(config.masking, grid, embed_dim)
     lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, network)

@@ -52,7 +52,9 @@ class ModelConfig(Section):
     decoder_depth: Positive = 8
     decoder_heads: Positive = 16
     norm_pix: bool = Field(True, description="normalise each target patch (MAE)")
-    pool: Literal["cls", "mean"] = Field("cls", description="feature read by the head and by evaluation")
+    pool: Literal["cls", "mean", "cls+mean"] = Field(
+        "cls", description="feature read by the head and by evaluation"
+    )
 
     @property
     def size(self) -> tuple[int, int]:

@@ -78,8 +78,9 @@ class ViTEncoder(VisionTransformer):
 
 
 def pool_features(tokens: Tensor, pool: str) -> Tensor:
-    """[B, 1 + L, D] encoder tokens → [B, D]: the CLS token, or the mean of the patch tokens."""
-    return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+    """[B, 1 + L, D] encoder tokens → [B, F]: CLS token, mean of the patch tokens, or both in a row (F = 2D)."""
+    parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
+    return torch.cat([parts[name] for name in pool.split("+")], dim=1)
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class ClassifierHead(nn.Module):
-    """Linear classifier on pooled encoder features: [B, D] → [B, classes] logits."""
+    """Linear classifier on pooled encoder features: [B, F] → [B, classes] logits."""
 
-    def __init__(self, embed_dim: int, num_classes: int) -> None:
+    def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(embed_dim, num_classes)
+        self.linear = nn.Linear(num_features, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
