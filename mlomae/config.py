@@ -53,7 +53,7 @@ class ModelConfig(Section):
     decoder_heads: Positive = 16
     norm_pix: bool = Field(True, description="normalise each target patch (MAE)")
     pool: Literal["cls", "mean", "cls+mean"] = Field(
-        "cls", description="feature read by the head and by evaluation"
+        "cls", description="features read by the head and by evaluation"
     )
 
     @property

@@ -78,7 +78,7 @@ class ViTEncoder(VisionTransformer):
 
 
 def pool_features(tokens: Tensor, pool: str) -> Tensor:
-    """[B, 1 + L, D] encoder tokens → [B, F]: CLS token, mean of the patch tokens, or both in a row (F = 2D)."""
+    """[B, 1 + L, D] encoder tokens → [B, F]: CLS token, mean of the patch tokens, or both (F = 2D)."""
     parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
     return torch.cat([parts[name] for name in pool.split("+")], dim=1)
 

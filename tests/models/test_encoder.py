@@ -159,4 +159,6 @@ def test_a_seed_fixes_the_weights_and_another_changes_them() -> None:
 def test_pooling_reads_the_class_token_or_the_patches() -> None:
     tokens = torch.arange(24.0).view(2, 4, 3)
     assert torch.equal(pool_features(tokens, "cls"), tokens[:, 0])
-    assert torch.equal(pool_features(tokens, "mean"), (tokens[:, 1] + tokens[:, 2] + tokens[:, 3]) / 3)
+    mean = (tokens[:, 1] + tokens[:, 2] + tokens[:, 3]) / 3
+    assert torch.equal(pool_features(tokens, "mean"), mean)
+    assert torch.equal(pool_features(tokens, "cls+mean"), torch.cat([tokens[:, 0], mean], dim=1))
