@@ -53,7 +53,7 @@ class ModelConfig(Section):
     decoder_heads: Positive = 16
     norm_pix: bool = Field(True, description="normalise each target patch (MAE)")
     pool: Literal["cls", "mean", "cls+mean"] = Field(
-        "cls", description="features read by the head and by evaluation"
+        "cls", description="cls | mean | cls+mean: features for the head and for evaluation"
     )
 
     @property
