@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mlomae import objectives
-from mlomae.levels import parameters_of
+from mlomae.levels import full_precision, parameters_of
 from mlomae.mlo.perturb import perturbation
 from tests.mlo.problem import ITERATION, Named, Problem, TensorStream, detached, flat, relative_error
 
@@ -130,3 +130,14 @@ def _pretrain_step(problem: Problem, phi: Named) -> Named:
     grads = torch.autograd.grad(loss, list(theta.values()))
     lr = problem.pretrain.lr(ITERATION)
     return {name: (w - lr * g).detach() for (name, w), g in zip(theta.items(), grads, strict=True)}
+
+
+def test_the_finite_difference_runs_without_tf32_and_leaves_the_settings_alone() -> None:
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+
+    with pytest.raises(KeyError), full_precision():
+        assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
+        raise KeyError
+
+    assert [switch.fp32_precision for switch in switches] == before != ["ieee", "ieee"]
