@@ -14,6 +14,7 @@ from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine
 from mlomae.distributed.env import World
 from mlomae.levels import HeadLevel, Level, MaskLevel, PretrainLevel
+from mlomae.models.encoder import num_pooled
 from mlomae.models.head import ClassifierHead
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
@@ -61,8 +62,7 @@ def build_levels(
 
     assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None
     torch.manual_seed(stream_seed(config.seed, "init", "head"))
-    num_features = embed_dim * len(model.pool.split("+"))
-    classifier = ClassifierHead(num_features, loaders.num_classes)
+    classifier = ClassifierHead(num_pooled(embed_dim, model.pool), loaders.num_classes)
     torch.manual_seed(stream_seed(config.seed, "init", "mask"))
     network = build_masking_network(config.masking, grid, embed_dim)
     lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, network)

@@ -51,9 +51,10 @@ def _mask(
 ) -> tuple[Tensor, PatchSelection]:
     """Mask probabilities [N, L] and the selection to show: without noise where the mask is learned."""
     policy = level.policy
+    if scores is not None and policy.config.policy == "learned":
+        return scores.sigmoid(), policy.keep_lowest(scores)
     shown = policy.select(scores, count, step=0, first_row=0, device=device)
     if scores is not None:
-        learned = policy.config.policy == "learned"
-        return scores.sigmoid(), policy.keep_lowest(scores) if learned else shown
+        return scores.sigmoid(), shown
     draws = [policy.select(None, count, step, 0, device).mask for step in range(NUM_DRAWS)]
     return torch.stack(draws).mean(dim=0), shown

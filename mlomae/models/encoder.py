@@ -5,6 +5,8 @@ Letters: B batch, L patches, K kept patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +23,11 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "vit_base": (768, 12, 12),
     "vit_large": (1024, 24, 16),
     "vit_huge": (1280, 32, 16),
+}
+
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cls": lambda tokens: tokens[:, 0],
+    "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
 }
 
 
@@ -79,8 +86,12 @@ class ViTEncoder(VisionTransformer):
 
 def pool_features(tokens: Tensor, pool: str) -> Tensor:
     """[B, 1 + L, D] encoder tokens → [B, F]: CLS token, mean of the patch tokens, or both (F = 2D)."""
-    parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
-    return torch.cat([parts[name] for name in pool.split("+")], dim=1)
+    return torch.cat([_POOLS[name](tokens) for name in pool.split("+")], dim=1)
+
+
+def num_pooled(embed_dim: int, pool: str) -> int:
+    """F of ``pool_features``."""
+    return embed_dim * len(pool.split("+"))
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, prefix: int) -> Tensor:

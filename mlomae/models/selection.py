@@ -57,13 +57,14 @@ class MaskPolicy:
         """
         num_patches = self.grid[0] * self.grid[1]
         rows = (batch_size, num_patches)
-        noise = counter_uniform(self.noise_seed, step, first_row, rows, device)
         policy = self.config.policy
+        if policy == "fixed":
+            row = counter_uniform(self.noise_seed, 0, 0, (1, num_patches), device)
+            return self.keep_lowest(row.expand(rows))
+        noise = counter_uniform(self.noise_seed, step, first_row, rows, device)
         if policy == "learned":
             assert scores is not None
             keys = self._learned_keys(scores, noise, step, first_row)
-        elif policy == "fixed":
-            keys = counter_uniform(self.noise_seed, 0, 0, (1, num_patches), device).expand(rows)
         elif policy == "block":
             keys = block_keys(noise, self.grid)
         else:
