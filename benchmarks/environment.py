@@ -14,15 +14,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "timm", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "triton", "timm", "numpy", "scikit-learn")
 
 
-def environment() -> dict[str, Any]:
-    """Commit, machine and versions; ``device`` is always the CPU, the only one these benchmarks use."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Commit, machine and versions.
+
+    Args:
+        device: what was measured: "cpu" or the name of a GPU.
+    """
     return {
         "git": _git(),
         "machine": {
-            "device": "cpu",
+            "device": device,
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -30,9 +34,17 @@ def environment() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{package: metadata.version(package) for package in _PACKAGES},
+            **{package: version for package in _PACKAGES if (version := _version(package))},
+            **({} if device == "cpu" else {"cuda": torch.version.cuda or torch.version.hip}),
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

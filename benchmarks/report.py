@@ -121,7 +121,7 @@ class Report:
             "tables": self._tables,
             "bars": [asdict(bar) | {"met": bar.met} for bar in self._bars],
         }
-        name = f"{now:%Y-%m-%dT%H%M%SZ}_{self.name}_{slug(self._head['machine']['cpu'])}.json"
+        name = f"{now:%Y-%m-%dT%H%M%SZ}_{self.name}_{slug(_measured(self._head['machine']))}.json"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / name, "x") as file:
             file.write(to_json(content, indent=2) + "\n")
@@ -138,6 +138,10 @@ class Report:
         with self._uncaptured():
             console = Console(file=sys.stdout, width=160, color_system=None, markup=False, highlight=False)
             console.print("", *what, sep="\n")
+
+
+def _measured(machine: Mapping[str, str]) -> str:
+    return machine["cpu"] if machine["device"] == "cpu" else machine["device"]
 
 
 def _text(cell: Cell) -> str:

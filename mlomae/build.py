@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+import mlomae_kernels
 from mlomae.config import Config, LevelConfig
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine
 from mlomae.distributed.env import World
+from mlomae.errors import UserError
 from mlomae.levels import HeadLevel, Level, MaskLevel, PretrainLevel
-from mlomae.models.encoder import num_pooled
+from mlomae.models.encoder import SIZES, num_pooled
 from mlomae.models.head import ClassifierHead
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
 from mlomae.random import stream_seed
+from mlomae_kernels.ops.attention import choose_attention
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,22 @@ def build_levels(
     middle = HeadLevel(engine(classifier, config.head), loaders.head, config.head, config)
     upper = MaskLevel(engine(network, config.mask), loaders.mask, config, lower, middle)
     return Levels(lower, middle, upper)
+
+
+def describe_implementations(config: Config, levels: Levels, world: World) -> str:
+    """Which implementations of the operators and of attention a run uses, and why, in one line.
+
+    Raises:
+        UserError: flash attention is asked for and cannot be had.
+    """
+    device_type = world.device.type
+    with levels.pretrain.engine.autocast():
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else torch.float32
+    embed_dim, _, num_heads = SIZES[config.model.arch]
+    try:
+        choice = choose_attention(config.model.attention, world.device, dtype, embed_dim // num_heads)
+    except ValueError as error:
+        raise UserError(f"model.attention: {error}") from None
+    operators = mlomae_kernels.describe(device_type)
+    return f"operators: {operators}; attention: {choice.name} ({choice.reason})"

@@ -55,6 +55,11 @@ class ModelConfig(Section):
     pool: Literal["cls", "mean", "cls+mean"] = Field(
         "cls", description="cls | mean | cls+mean: features for the head and for evaluation"
     )
+    attention: Literal["auto", "flash", "fused", "reference"] = Field(
+        "auto",
+        description="flash: the flash-attn package (bf16 on a GPU); fused: torch's; "
+        "reference: plain PyTorch; auto: flash where it can be had, else fused",
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -247,7 +252,7 @@ class Config(Section):
 # Fields that may change when a run directory is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
     "run_dir", "device", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
-    "data.path", "data.download", "data.workers",
+    "data.path", "data.download", "data.workers", "model.attention",
 }  # fmt: skip
 
 

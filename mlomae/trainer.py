@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlomae import checkpoint
-from mlomae.build import build_levels
+from mlomae.build import build_levels, describe_implementations
 from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
@@ -47,6 +47,7 @@ class Trainer:
         self.world = world
         self.loaders = LevelLoaders(config, world.rank, world.size)
         self.levels = build_levels(config, self.loaders, world, ds_config)
+        self.implementations = describe_implementations(config, self.levels, world)
         self.meters = Meters()
         self.guard = FiniteGuard()
         self.iteration = 0
@@ -62,6 +63,8 @@ class Trainer:
             UserError: a loss stopped being finite; the last checkpoint is kept.
         """
         self.resume()
+        if self.world.primary:
+            print(self.implementations, flush=True)
         config = self.config
         writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)
         try:

@@ -15,6 +15,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Triton's kernels run in its interpreter where there is no GPU. Read when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The tensors of the tests are too small to share among threads, and a fixed count keeps sums repeatable.
 torch.set_num_threads(1)
 

@@ -1,11 +1,8 @@
 """Every operator in plain PyTorch: what the fast implementations are held equal to.
 
-All of them accept any floating dtype, any device and any patch grid, are twice differentiable, work
-under ``torch.func`` and never read a tensor's values on the host, so that they do not stop a GPU.
-Indices are therefore not range-checked; torch's own indexing does that where it can.
-
-Letters in shapes: B batch, L patches of an image, K kept patches, D width, C channels,
-P = patch_size * patch_size * C numbers of one patch.
+All of them accept any floating dtype, any device and any patch grid, are differentiable any number of
+times, work under ``torch.func`` and never read a tensor's values on the host, so that they do not stop
+a GPU. Letters in shapes: see ``checks``.
 """
 
 from __future__ import annotations
@@ -13,29 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mlomae_kernels import checks
+
 # Keeps the division finite on a patch of one colour (the constant of the MAE objective).
 _NORM_PIX_EPS = 1e-6
 
 
 def select_patches(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keeps the ``num_keep`` patches with the lowest scores; removes the others.
-
-    The order is that of a stable ascending sort: equal scores rank by position, -0.0 equals 0.0 and
-    NaN ranks last. No gradient flows through a selection.
-
-    Args:
-        scores: floating [B, L].
-        num_keep: K, from 0 to L.
-
-    Returns:
-        ids_keep: int64 [B, K], positions of the kept patches, lowest score first.
-        ids_restore: int64 [B, L], rank of every patch; a patch is kept when its rank is below K.
-        mask: float32 [B, L], 0 for a kept patch and 1 for a removed one.
-
-    Raises:
-        ValueError: on a wrong shape, dtype or count.
-    """
-    check_selection(scores, num_keep)
+    checks.check_select_patches(scores, num_keep)
     order = scores.detach().contiguous().argsort(dim=1, stable=True)
     ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     ids_restore = torch.zeros_like(order).scatter(1, order, ranks)
@@ -45,100 +27,77 @@ def select_patches(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tenso
 def patch_gather(
     tokens: Tensor, pos_embed: Tensor | None, ids_keep: Tensor, cls_token: Tensor | None
 ) -> Tensor:
-    """Adds positions, picks the kept tokens and prepends the class token: the encoder's input.
-
-    Args:
-        tokens: [B, L, D].
-        pos_embed: [1, L, D] added to the tokens, or None.
-        ids_keep: int64 [B, K].
-        cls_token: [1, 1, D] prepended as it is (with its position already added), or None.
-
-    Returns:
-        [B, K, D], or [B, 1 + K, D] with a class token.
-
-    Raises:
-        ValueError: on a wrong shape or dtype.
-    """
-    name = "patch_gather"
-    _check_rank(name, "tokens", tokens, 3)
-    batch, patches, width = tokens.shape
-    _check_ids(name, "ids_keep", ids_keep, (batch, None))
+    checks.check_patch_gather(tokens, pos_embed, ids_keep, cls_token)
+    batch, _, width = tokens.shape
     if pos_embed is not None:
-        _check_shape(name, "pos_embed", pos_embed, (1, patches, width))
         tokens = tokens + pos_embed
     visible = tokens.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, width))
     if cls_token is None:
         return visible
-    _check_shape(name, "cls_token", cls_token, (1, 1, width))
     return torch.cat([cls_token.expand(batch, -1, -1), visible], dim=1)
+
+
+def patch_gather_backward(
+    grad: Tensor, ids_keep: Tensor, num_patches: int, has_cls: bool, need_pos: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_patch_gather_backward(grad, ids_keep, num_patches, has_cls, need_pos)
+    batch, _, width = grad.shape
+    index = ids_keep.unsqueeze(-1).expand(-1, -1, width)
+    kept = grad[:, int(has_cls) :]
+    d_tokens = grad.new_zeros(batch, num_patches, width).scatter_add(1, index, kept)
+    d_pos = _sum_over_batch(d_tokens) if need_pos else grad.new_empty(0)
+    return d_tokens, d_pos, _sum_over_batch(grad[:, :1]) if has_cls else grad.new_empty(0)
 
 
 def patch_scatter(
     latent: Tensor, mask_token: Tensor, ids_restore: Tensor, decoder_pos_embed: Tensor
 ) -> Tensor:
-    """Puts kept tokens back in place, fills the gaps with the mask token, adds positions.
-
-    Args:
-        latent: [B, 1 + K, D], the class token first.
-        mask_token: [1, 1, D].
-        ids_restore: int64 [B, L], a permutation in each row.
-        decoder_pos_embed: [1, 1 + L, D], the class token's position first.
-
-    Returns:
-        [B, 1 + L, D], the class token first: the decoder's input.
-
-    Raises:
-        ValueError: on a wrong shape or dtype.
-    """
-    name = "patch_scatter"
-    _check_rank(name, "latent", latent, 3)
+    checks.check_patch_scatter(latent, mask_token, ids_restore, decoder_pos_embed)
     batch, tokens, width = latent.shape
-    _check_ids(name, "ids_restore", ids_restore, (batch, None))
-    patches = ids_restore.shape[1]
-    if not 1 <= tokens <= 1 + patches:
-        raise _error(name, "latent", f"{tokens} tokens", f"1 to {1 + patches} (class token and kept patches)")
-    _check_shape(name, "mask_token", mask_token, (1, 1, width))
-    _check_shape(name, "decoder_pos_embed", decoder_pos_embed, (1, 1 + patches, width))
-    filler = mask_token.expand(batch, 1 + patches - tokens, -1)
+    filler = mask_token.expand(batch, 1 + ids_restore.shape[1] - tokens, -1)
     by_rank = torch.cat([latent[:, 1:], filler], dim=1)
     in_place = by_rank.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, width))
     return torch.cat([latent[:, :1], in_place], dim=1) + decoder_pos_embed
 
 
-def masked_patch_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
-    """Mean squared error of every removed patch; exactly 0 at the kept ones.
+def patch_scatter_backward(
+    grad: Tensor, ids_restore: Tensor, num_keep: int, need_pos: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_patch_scatter_backward(grad, ids_restore, num_keep, need_pos)
+    ids_shuffle = ids_restore.argsort(dim=1).unsqueeze(-1).expand(-1, -1, grad.shape[2])
+    by_rank = grad[:, 1:].gather(1, ids_shuffle)
+    d_latent = torch.cat([grad[:, :1], by_rank[:, :num_keep]], dim=1)
+    d_mask_token = _sum_over_batch(by_rank[:, num_keep:].sum(dim=1, keepdim=True, dtype=_wide(grad)))
+    d_pos = _sum_over_batch(grad) if need_pos else grad.new_empty(0)
+    return d_latent, d_mask_token.to(grad.dtype), d_pos
 
-    Computed in float32, or in float64 when an input is.
 
-    Args:
-        pred: [B, L, P], pixels of a patch in the order of ``patchify``.
-        images: floating [B, C, H, W].
-        mask: [B, L], 0 for a kept patch and 1 for a removed one; receives no gradient.
-        patch_size: side of a patch in pixels.
-        norm_pix: normalise each target patch to (x - mean) / sqrt(var + 1e-6), unbiased variance.
+def masked_patch_loss(
+    pred: Tensor, images: Tensor, removed: Tensor, weights: Tensor | None, patch_size: int, norm_pix: bool
+) -> Tensor:
+    checks.check_masked_patch_loss(pred, images, removed, weights, patch_size, norm_pix)
+    errors = _differences(pred, images, removed, patch_size, norm_pix).square().mean(dim=2)
+    return errors if weights is None else (weights * errors).masked_fill(_kept(removed), 0)
 
-    Returns:
-        float32 or float64 [B, L].
 
-    Raises:
-        ValueError: on a wrong shape or dtype.
-    """
-    name = "masked_patch_loss"
-    _check_floating(name, "pred", pred)
-    _check_floating(name, "images", images)
-    target = _patchify(name, images, patch_size)
-    _check_shape(name, "pred", pred, tuple(target.shape))
-    _check_shape(name, "mask", mask, tuple(target.shape[:2]))
-    dtype = torch.promote_types(torch.promote_types(pred.dtype, images.dtype), torch.float32)
-    target = target.to(dtype)
-    if norm_pix:
-        if target.shape[2] < 2:
-            raise _error(name, "patch_size", f"{patch_size} with norm_pix", "patches of 2 or more numbers")
-        variance, mean = torch.var_mean(target, dim=2, keepdim=True)
-        target = (target - mean) / (variance + _NORM_PIX_EPS).sqrt()
-    difference = pred.to(dtype) - target
-    # A choice, not a product: 0 * inf would let a kept patch spoil the sum, or the gradient.
-    return difference.masked_fill((mask == 0).unsqueeze(-1), 0).square().mean(dim=2)
+def masked_patch_loss_backward(
+    grad: Tensor,
+    pred: Tensor,
+    images: Tensor,
+    removed: Tensor,
+    weights: Tensor | None,
+    patch_size: int,
+    norm_pix: bool,
+) -> tuple[Tensor, Tensor]:
+    checks.check_masked_patch_loss_backward(grad, pred, images, removed, weights, patch_size, norm_pix)
+    differences = _differences(pred, images, removed, patch_size, norm_pix)
+    # A weight or cotangent that is not finite must not reach a kept patch: 0 * inf is not 0.
+    grad = grad.masked_fill(_kept(removed), 0)
+    scale = grad if weights is None else (grad * weights).masked_fill(_kept(removed), 0)
+    d_pred = ((scale * (2 / pred.shape[2])).unsqueeze(-1) * differences).to(pred.dtype)
+    if weights is None:
+        return d_pred, grad.new_empty(0)
+    return d_pred, grad * differences.square().mean(dim=2)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -154,7 +113,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: on a wrong shape.
     """
-    return _patchify("patchify", images, patch_size)
+    patches = checks.num_patches("patchify", images, patch_size)
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, patches, patch_size**2 * channels)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -172,70 +135,44 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
         ValueError: on a wrong shape.
     """
     name = "unpatchify"
-    _check_patch_size(name, patch_size)
-    _check_rank(name, "patches", patches, 3)
+    if patch_size < 1:
+        raise checks.error(name, "patch_size", patch_size, "1 or more")
+    checks.check_rank(name, "patches", patches, 3)
     batch, count, numbers = patches.shape
     rows, columns = grid
     if rows * columns != count:
-        raise _error(name, "grid", f"{rows} x {columns}", f"a grid of {count} patches")
+        raise checks.error(name, "grid", f"{rows} x {columns}", f"a grid of {count} patches")
     if numbers % patch_size**2:
-        raise _error(name, "patches", f"{numbers} numbers per patch", f"a multiple of {patch_size**2}")
+        raise checks.error(name, "patches", f"{numbers} numbers per patch", f"a multiple of {patch_size**2}")
     channels = numbers // patch_size**2
     cells = patches.reshape(batch, rows, columns, patch_size, patch_size, channels)
     pixels = cells.permute(0, 5, 1, 3, 2, 4)
     return pixels.reshape(batch, channels, rows * patch_size, columns * patch_size)
 
 
-def check_selection(scores: Tensor, num_keep: int) -> None:
-    """Raises the ValueError of ``select_patches`` for arguments that no implementation accepts."""
-    name = "select_patches"
-    _check_rank(name, "scores", scores, 2)
-    _check_floating(name, "scores", scores)
-    if not 0 <= num_keep <= scores.shape[1]:
-        raise _error(name, "num_keep", num_keep, f"0 to {scores.shape[1]} (the patches of scores)")
+def _differences(pred: Tensor, images: Tensor, removed: Tensor, patch_size: int, norm_pix: bool) -> Tensor:
+    """Prediction minus target [B, N, P] in the loss's precision; exactly 0 at kept patches."""
+    target = patchify(images, patch_size).to(checks.loss_dtype(pred))
+    if removed.dtype == torch.int64:
+        target = target.gather(1, removed.unsqueeze(-1).expand(-1, -1, target.shape[2]))
+    if norm_pix:
+        centred = target - target.mean(dim=2, keepdim=True)
+        variance = centred.square().sum(dim=2, keepdim=True) / (target.shape[2] - 1)
+        target = centred / (variance + _NORM_PIX_EPS).sqrt()
+    # A choice, not a product: 0 * inf would let a kept patch spoil the sum, or the gradient.
+    return (pred.to(target.dtype) - target).masked_fill(_kept(removed).unsqueeze(-1), 0)
 
 
-def _patchify(operator: str, images: Tensor, patch_size: int) -> Tensor:
-    _check_patch_size(operator, patch_size)
-    _check_rank(operator, "images", images, 4)
-    batch, channels, height, width = images.shape
-    if height % patch_size or width % patch_size:
-        raise _error(
-            operator, "images", f"{height} x {width} pixels", f"multiples of {patch_size} (patch_size)"
-        )
-    rows, columns = height // patch_size, width // patch_size
-    cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
+def _kept(removed: Tensor) -> Tensor:
+    """[B, N], true where the patch does not count; ids name removed patches only."""
+    if removed.dtype == torch.int64:
+        return torch.zeros_like(removed, dtype=torch.bool)
+    return removed == 0
 
 
-def _error(operator: str, argument: str, got: object, expected: str) -> ValueError:
-    return ValueError(f"{operator}: {argument}: got {got}, expected {expected}")
+def _sum_over_batch(values: Tensor) -> Tensor:
+    return values.sum(dim=0, keepdim=True, dtype=_wide(values)).to(values.dtype)
 
 
-def _check_patch_size(operator: str, patch_size: int) -> None:
-    if patch_size < 1:
-        raise _error(operator, "patch_size", patch_size, "1 or more")
-
-
-def _check_floating(operator: str, argument: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise _error(operator, argument, tensor.dtype, "a floating dtype")
-
-
-def _check_rank(operator: str, argument: str, tensor: Tensor, rank: int) -> None:
-    if tensor.dim() != rank:
-        raise _error(operator, argument, f"shape {list(tensor.shape)}", f"{rank} dimensions")
-
-
-def _check_shape(operator: str, argument: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """``None`` in ``shape`` accepts any size."""
-    _check_rank(operator, argument, tensor, len(shape))
-    if any(want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise _error(operator, argument, f"shape {list(tensor.shape)}", f"[{wanted}]")
-
-
-def _check_ids(operator: str, argument: str, ids: Tensor, shape: tuple[int | None, ...]) -> None:
-    if ids.dtype != torch.int64:
-        raise _error(operator, argument, ids.dtype, "torch.int64")
-    _check_shape(operator, argument, ids, shape)
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)

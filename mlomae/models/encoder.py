@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import mlomae_kernels
+from mlomae.models.attention import PackedAttention
 
 # (embed_dim, depth, num_heads); all but the two smallest are timm's sizes of that name.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -53,6 +54,7 @@ class ViTEncoder(VisionTransformer):
             depth=depth,
             num_heads=num_heads,
             weight_init="skip",
+            attn_layer=PackedAttention,
         )
         self.pos_embed.requires_grad_(False)
         self.pos_embed.copy_(sincos_positions(self.patch_embed.grid_size, embed_dim, prefix=1))

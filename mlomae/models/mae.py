@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mlomae_kernels
 from mlomae.config import ModelConfig
+from mlomae.models.attention import PackedAttention, set_attention
 from mlomae.models.encoder import ViTEncoder, init_linear, sincos_positions
 from mlomae.models.selection import PatchSelection
 
@@ -26,7 +27,8 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(config.grid, width, prefix=1), requires_grad=False)
         self.blocks = nn.ModuleList(
-            Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)
+            Block(width, config.decoder_heads, qkv_bias=True, attn_layer=PackedAttention)
+            for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, config.patch_size**2 * config.in_chans)
@@ -50,6 +52,7 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix = config.norm_pix
         self.encoder = ViTEncoder(config.arch, config.size, config.patch_size, config.in_chans)
         self.decoder = Decoder(config, self.encoder.embed_dim)
+        set_attention(self, config.attention)
 
     def reconstruct(self, images: Tensor, selection: PatchSelection) -> Tensor:
         """Predicted patches [B, L, P] (normalised per patch when ``norm_pix`` is set)."""
@@ -66,9 +69,11 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             [B, L], float32 or float64: mean squared error of each removed patch, 0 at kept ones.
         """
-        prediction = self.reconstruct(images, selection)
-        # The loss is taken in the images' precision, whatever autocast did to the prediction.
-        prediction = prediction.to(images.dtype)
+        # The loss is float32, whatever autocast did to the prediction.
         return mlomae_kernels.masked_patch_loss(
-            prediction, images, selection.mask, self.patch_size, self.norm_pix
+            self.reconstruct(images, selection),
+            images,
+            selection.mask,
+            patch_size=self.patch_size,
+            norm_pix=self.norm_pix,
         )

@@ -21,6 +21,7 @@ from mlomae.config import Config, flatten
 from mlomae.data import sources
 from mlomae.distributed.env import join_world
 from mlomae.errors import UserError
+from mlomae.models.attention import PackedAttention
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
 from tests.integration.tiny import Fields, TrainOnly, read_metrics, tiny_config, train
@@ -80,6 +81,7 @@ EFFECTS: dict[str, Effect] = {
     "model.decoder_depth": on_training(2),
     "model.decoder_heads": on_training(4),
     "model.norm_pix": on_training(False),
+    "model.attention": on("attention", "reference"),
     "model.pool": on_training("cls"),
     "masking.policy": on_training("weighted-random"),
     "masking.ratio": on_training(0.75),
@@ -230,6 +232,22 @@ def test_in_chans_must_suit_the_data_and_reaches_the_model(fill_images: Callable
     assert shapes == {1: (1, 1), 3: (3, 3)}
     with pytest.raises(UserError, match=r"^model\.in_chans: found 3, but digits has 1"):
         build({"model.in_chans": 3})
+
+
+def test_attention_is_chosen_and_told() -> None:
+    told = {}
+    for backend in ("auto", "reference"):
+        trainer = build({"model.attention": backend})
+        autoencoder = trainer.levels.pretrain.autoencoder
+        layers = [layer for layer in autoencoder.modules() if isinstance(layer, PackedAttention)]
+        assert {layer.backend for layer in layers} == {backend}
+        assert len(layers) == len(autoencoder.encoder.blocks) + len(autoencoder.decoder.blocks)
+        told[backend] = trainer.implementations
+
+    assert told["auto"].endswith("attention: fused (flash-attn does not run on cpu)")
+    assert told["reference"].endswith("attention: reference (as configured)")
+    with pytest.raises(UserError, match=r"^model\.attention: .* flash-attn does not run on cpu"):
+        build({"model.attention": "flash"})
 
 
 def test_dataset_and_path_choose_the_images(fill_images: Callable[..., Path]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,124 +14,245 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import mlomae_kernels as ops
-
-_SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 50), st.integers(1, 5))
-
-
-def _selection(batch: int, patches: int, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.select_patches(torch.rand(batch, patches), num_keep)
-
-
-@pytest.mark.parametrize("with_pos", [True, False])
-@pytest.mark.parametrize("with_cls", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "patches", "num_keep", "width"), [(1, 1, 1, 1), (2, 49, 12, 3), (3, 7, 0, 5)]
+from tests.ops.targets import (
+    DTYPES,
+    LAYOUTS,
+    NATIVE,
+    REFERENCE,
+    Target,
+    assert_rounded,
+    assert_sums,
+    each_target,
+    laid_out,
 )
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, dtype and memory layout of one call, and the seed of its values."""
+
+    batch: int
+    patches: int
+    num_keep: int
+    width: int
+    dtype: torch.dtype
+    layout: str
+    seed: int
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
+
+    def selection(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        # Few distinct scores: ties are the rule.
+        scores = torch.randint(4, (self.batch, self.patches), generator=generator).float()
+        with ops.implementation("reference"):
+            return ops.select_patches(scores, self.num_keep)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    patches = draw(st.integers(1, 40))
+    return Case(
+        batch=draw(st.integers(1, 3)),
+        patches=patches,
+        num_keep=draw(st.integers(1, patches)),
+        width=draw(st.integers(1, 21)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@each_target
+@given(case=cases(), with_pos=st.booleans(), with_cls=st.booleans())
 def test_gather_is_a_loop_over_kept_patches(
-    with_pos: bool, with_cls: bool, batch: int, patches: int, num_keep: int, width: int
+    target: Target, case: Case, with_pos: bool, with_cls: bool
 ) -> None:
-    tokens, ids_keep = torch.randn(batch, patches, width), _selection(batch, patches, num_keep)[0]
-    pos = torch.randn(1, patches, width) if with_pos else None
-    cls = torch.randn(1, 1, width) if with_cls else None
-    actual = ops.patch_gather(tokens, pos, ids_keep, cls)
-    assert actual.shape == (batch, num_keep + with_cls, width)
-    for row in range(batch):
+    ids_keep = case.selection()[0]
+    tokens = laid_out(case.random(case.batch, case.patches, case.width), case.layout)
+    pos = case.random(1, case.patches, case.width) if with_pos else None
+    cls = case.random(1, 1, case.width) if with_cls else None
+    with target.use():
+        moved = (None if t is None else t.to(target.device) for t in (tokens, pos, ids_keep, cls))
+        actual = ops.patch_gather(*moved).cpu()
+    assert actual.shape == (case.batch, case.num_keep + with_cls, case.width)
+    assert actual.dtype == case.dtype
+    assert actual.is_contiguous()
+    for row in range(case.batch):
         if cls is not None:
             assert torch.equal(actual[row, 0], cls[0, 0])
         for slot, patch in enumerate(ids_keep[row].tolist()):
-            token = tokens[row, patch] if pos is None else tokens[row, patch] + pos[0, patch]
-            assert torch.equal(actual[row, slot + with_cls], token)
+            if pos is None:
+                assert torch.equal(actual[row, slot + with_cls], tokens[row, patch])
+            else:
+                exact = tokens[row, patch].double() + pos[0, patch].double()
+                assert_rounded(actual[row, slot + with_cls], exact, target)
 
 
-@pytest.mark.parametrize(
-    ("batch", "patches", "num_keep", "width"), [(1, 1, 1, 1), (2, 49, 12, 3), (3, 7, 0, 5), (2, 6, 6, 4)]
-)
-def test_scatter_is_a_loop_over_all_patches(batch: int, patches: int, num_keep: int, width: int) -> None:
-    ids_keep, ids_restore, _ = _selection(batch, patches, num_keep)
-    latent, mask_token = torch.randn(batch, 1 + num_keep, width), torch.randn(1, 1, width)
-    pos = torch.randn(1, 1 + patches, width)
-    actual = ops.patch_scatter(latent, mask_token, ids_restore, pos)
-    assert actual.shape == (batch, 1 + patches, width)
-    for row in range(batch):
-        assert torch.equal(actual[row, 0], latent[row, 0] + pos[0, 0])
-        kept = ids_keep[row].tolist()
-        for patch in range(patches):
-            token = latent[row, 1 + kept.index(patch)] if patch in kept else mask_token[0, 0]
-            assert torch.equal(actual[row, 1 + patch], token + pos[0, 1 + patch])
-
-
-@given(shape=_SHAPES, data=st.data())
-def test_scatter_undoes_gather_on_kept_patches(shape: tuple[int, int, int], data: st.DataObject) -> None:
-    batch, patches, width = shape
-    num_keep = data.draw(st.integers(0, patches))
-    ids_keep, ids_restore, mask = _selection(batch, patches, num_keep)
-    tokens, cls, mask_token = torch.randn(shape), torch.randn(1, 1, width), torch.full((1, 1, width), 7.0)
-    visible = ops.patch_gather(tokens, None, ids_keep, cls)
-    actual = ops.patch_scatter(visible, mask_token, ids_restore, torch.zeros(1, 1 + patches, width))
-    assert torch.equal(actual[:, 1:], torch.where(mask.unsqueeze(-1) > 0, mask_token, tokens))
-    assert torch.equal(actual[:, :1], cls.expand(batch, -1, -1))
-
-
-@given(shape=_SHAPES, data=st.data())
-def test_gather_follows_a_permutation_of_the_patches(
-    shape: tuple[int, int, int], data: st.DataObject
+@each_target
+@given(case=cases(), need_pos=st.booleans(), has_cls=st.booleans())
+def test_gather_backward_moves_rows_back_and_sums_over_images(
+    target: Target, case: Case, need_pos: bool, has_cls: bool
 ) -> None:
-    batch, patches, _ = shape
-    scores, tokens, shuffle = torch.rand(batch, patches), torch.randn(shape), torch.randperm(patches)
-    num_keep = data.draw(st.integers(1, patches))
-    plain = ops.patch_gather(tokens, None, ops.select_patches(scores, num_keep)[0], None)
-    ids_keep = ops.select_patches(scores[:, shuffle], num_keep)[0]
-    assert torch.equal(ops.patch_gather(tokens[:, shuffle], None, ids_keep, None), plain)
+    ids_keep = case.selection()[0]
+    grad = laid_out(case.random(case.batch, case.num_keep + has_cls, case.width), case.layout)
+    with target.use():
+        d_tokens, d_pos, d_cls = torch.ops.mlomae.patch_gather_backward(
+            grad.to(target.device), ids_keep.to(target.device), case.patches, has_cls, need_pos
+        )
+    expected = torch.zeros(case.batch, case.patches, case.width, dtype=case.dtype)
+    for row in range(case.batch):
+        for slot, patch in enumerate(ids_keep[row].tolist()):
+            expected[row, patch] = grad[row, slot + has_cls]
+    assert torch.equal(d_tokens.cpu(), expected)
+    assert (d_pos.shape, d_cls.shape) == (
+        (1, case.patches, case.width) if need_pos else (0,),
+        (1, 1, case.width) if has_cls else (0,),
+    )
+    if need_pos:
+        assert_sums(d_pos[0], expected, target)
+    if has_cls:
+        assert_sums(d_cls[0, 0], grad[:, 0], target)
+
+
+@each_target
+@given(case=cases())
+def test_scatter_is_a_loop_over_all_patches(target: Target, case: Case) -> None:
+    ids_keep, ids_restore, _ = case.selection()
+    latent = laid_out(case.random(case.batch, 1 + case.num_keep, case.width), case.layout)
+    mask_token, pos = case.random(1, 1, case.width), case.random(1, 1 + case.patches, case.width)
+    with target.use():
+        actual = ops.patch_scatter(*(t.to(target.device) for t in (latent, mask_token, ids_restore, pos)))
+    actual = actual.cpu()
+    assert actual.shape == (case.batch, 1 + case.patches, case.width)
+    assert actual.dtype == case.dtype
+    for row in range(case.batch):
+        assert_rounded(actual[row, 0], latent[row, 0].double() + pos[0, 0].double(), target)
+        kept = ids_keep[row].tolist()
+        for patch in range(case.patches):
+            token = latent[row, 1 + kept.index(patch)] if patch in kept else mask_token[0, 0]
+            assert_rounded(actual[row, 1 + patch], token.double() + pos[0, 1 + patch].double(), target)
+
+
+@each_target
+@given(case=cases(), need_pos=st.booleans())
+def test_scatter_backward_moves_rows_back_and_sums_the_rest(
+    target: Target, case: Case, need_pos: bool
+) -> None:
+    ids_keep, ids_restore, mask = case.selection()
+    grad = laid_out(case.random(case.batch, 1 + case.patches, case.width), case.layout)
+    with target.use():
+        d_latent, d_mask_token, d_pos = torch.ops.mlomae.patch_scatter_backward(
+            grad.to(target.device), ids_restore.to(target.device), case.num_keep, need_pos
+        )
+    for row in range(case.batch):
+        assert torch.equal(d_latent[row, 0].cpu(), grad[row, 0])
+        assert torch.equal(d_latent[row, 1:].cpu(), grad[row, 1:][ids_keep[row]])
+    assert_sums(d_mask_token[0, 0], grad[:, 1:][mask > 0], target)
+    assert d_pos.shape == ((1, 1 + case.patches, case.width) if need_pos else (0,))
+    if need_pos:
+        assert_sums(d_pos[0], grad, target)
+
+
+@each_target
+@given(case=cases())
+def test_scatter_undoes_gather_on_kept_patches(target: Target, case: Case) -> None:
+    ids_keep, ids_restore, mask = case.selection()
+    tokens, cls = case.random(case.batch, case.patches, case.width), case.random(1, 1, case.width)
+    mask_token = torch.full((1, 1, case.width), 7.0, dtype=case.dtype)
+    zeros = torch.zeros(1, 1 + case.patches, case.width, dtype=case.dtype)
+    with target.use():
+        device = target.device
+        visible = ops.patch_gather(tokens.to(device), None, ids_keep.to(device), cls.to(device))
+        actual = ops.patch_scatter(
+            visible, mask_token.to(device), ids_restore.to(device), zeros.to(device)
+        ).cpu()
+    assert torch.equal(actual[:, 1:], torch.where(mask.unsqueeze(-1) > 0, mask_token, tokens))
+    assert torch.equal(actual[:, :1], cls.expand(case.batch, -1, -1))
+
+
+@pytest.mark.parametrize("target", [REFERENCE, NATIVE], ids=["reference", "native"])
+@given(case=cases())
+def test_gather_follows_a_permutation_of_the_patches(target: Target, case: Case) -> None:
+    scores, tokens = torch.rand(case.batch, case.patches), torch.randn(case.batch, case.patches, case.width)
+    shuffle = torch.randperm(case.patches)
+    with target.use():
+        plain = ops.patch_gather(tokens, None, ops.select_patches(scores, case.num_keep)[0], None)
+        ids_keep = ops.select_patches(scores[:, shuffle], case.num_keep)[0]
+        assert torch.equal(ops.patch_gather(tokens[:, shuffle], None, ids_keep, None), plain)
 
 
 def _double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def test_gather_derivatives() -> None:
-    ids_keep = _selection(2, 7, 3)[0]
-    inputs = (_double(2, 7, 3), _double(1, 7, 3), _double(1, 1, 3))
+@each_target
+def test_gather_derivatives(target: Target) -> None:
+    ids_keep = ops.select_patches(torch.rand(2, 5), 3)[0].to(target.device)
+    inputs = tuple(
+        t.detach().to(target.device).requires_grad_()
+        for t in (_double(2, 5, 2), _double(1, 5, 2), _double(1, 1, 2))
+    )
 
     def visible(tokens: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
         return ops.patch_gather(tokens, pos, ids_keep, cls).sin()
 
-    assert gradcheck(visible, inputs, check_forward_ad=True)
-    assert gradgradcheck(visible, inputs)
+    with target.use():
+        assert gradcheck(visible, inputs, check_forward_ad=True)
+        assert gradgradcheck(visible, inputs)
 
 
-def test_scatter_derivatives() -> None:
-    ids_restore = _selection(2, 7, 3)[1]
-    inputs = (_double(2, 4, 3), _double(1, 1, 3), _double(1, 8, 3))
+@each_target
+def test_scatter_derivatives(target: Target) -> None:
+    ids_restore = ops.select_patches(torch.rand(2, 5), 3)[1].to(target.device)
+    inputs = tuple(
+        t.detach().to(target.device).requires_grad_()
+        for t in (_double(2, 4, 2), _double(1, 1, 2), _double(1, 6, 2))
+    )
 
     def decoder_input(latent: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
         return ops.patch_scatter(latent, mask_token, ids_restore, pos).sin()
 
-    assert gradcheck(decoder_input, inputs, check_forward_ad=True)
-    assert gradgradcheck(decoder_input, inputs)
+    with target.use():
+        assert gradcheck(decoder_input, inputs, check_forward_ad=True)
+        assert gradgradcheck(decoder_input, inputs)
 
 
-def test_gradient_reaches_kept_tokens_only() -> None:
-    tokens, (ids_keep, _, mask) = _double(2, 9, 4), _selection(2, 9, 3)
-    cotangent = torch.randn(4, 3, 2, dtype=torch.float64).permute(2, 1, 0)  # not contiguous
-    ops.patch_gather(tokens, None, ids_keep, None).backward(cotangent)
-    assert tokens.grad is not None
-    assert torch.equal(tokens.grad[mask > 0], torch.zeros(12, 4, dtype=torch.float64))
-    for row in range(2):
-        assert torch.equal(tokens.grad[row, ids_keep[row]], cotangent[row])
+@each_target
+def test_gradients_are_given_to_those_that_need_them(target: Target) -> None:
+    ids_keep, ids_restore, _ = (t.to(target.device) for t in ops.select_patches(torch.rand(2, 5), 3))
+    tokens = torch.randn(2, 5, 3, device=target.device)
+    pos = torch.randn(1, 5, 3, device=target.device, requires_grad=True)
+    mask_token = torch.randn(1, 1, 3, device=target.device, requires_grad=True)
+    with target.use():
+        visible = ops.patch_gather(tokens, pos, ids_keep, None)
+        (d_pos,) = torch.autograd.grad(visible.sum(), pos)
+        counts = torch.bincount(ids_keep.flatten(), minlength=5).float()
+        assert torch.equal(d_pos, counts[None, :, None].expand(1, 5, 3))
+        full = ops.patch_scatter(tokens[:, :4], mask_token, ids_restore, tokens.new_zeros(1, 6, 3))
+        (d_mask_token,) = torch.autograd.grad(full.sum(), mask_token)
+        assert torch.equal(d_mask_token, torch.full_like(mask_token, 4.0))
 
 
-def test_low_precision_moves_bits_unchanged() -> None:
-    ids_keep, ids_restore, mask = _selection(2, 9, 3)
-    tokens, cls = torch.randn(2, 9, 4).bfloat16(), torch.zeros(1, 1, 4).bfloat16()
-    visible = ops.patch_gather(tokens, None, ids_keep, cls)
-    assert visible.dtype == torch.bfloat16
-    restored = ops.patch_scatter(visible, cls, ids_restore, torch.zeros(1, 10, 4).bfloat16())
-    assert restored.dtype == torch.bfloat16
-    assert torch.equal(restored[:, 1:][mask == 0], tokens[mask == 0])
+@each_target
+def test_empty_batch(target: Target) -> None:
+    ids = torch.empty(0, 3, dtype=torch.int64, device=target.device)
+    tokens = torch.empty(0, 9, 4, device=target.device, requires_grad=True)
+    pos = torch.randn(1, 9, 4, device=target.device, requires_grad=True)
+    with target.use():
+        visible = ops.patch_gather(tokens, pos, ids, None)
+        assert visible.shape == (0, 3, 4)
+        visible.sum().backward()
+        assert pos.grad is not None
+        assert torch.equal(pos.grad, torch.zeros_like(pos))
+        restore = torch.empty(0, 8, dtype=torch.int64, device=target.device)
+        token = torch.randn(1, 1, 4, device=target.device)
+        assert ops.patch_scatter(visible, token, restore, pos).shape == (0, 9, 4)
 
 
 _TOKENS, _IDS = torch.zeros(2, 9, 4), torch.zeros(2, 3, dtype=torch.int64)
-_LATENT, _RESTORE = torch.zeros(2, 4, 4), torch.zeros(2, 9, dtype=torch.int64)
+_LATENT, _RESTORE = torch.zeros(2, 4, 4), torch.arange(9).expand(2, 9)
 _TOKEN, _POS = torch.zeros(1, 1, 4), torch.zeros(1, 10, 4)
 
 
@@ -135,14 +260,22 @@ _TOKEN, _POS = torch.zeros(1, 1, 4), torch.zeros(1, 10, 4)
     ("arguments", "message"),
     [
         ((_TOKENS[0], None, _IDS, None), "tokens: got shape [9, 4], expected 3 dimensions"),
+        ((_TOKENS.long(), None, _IDS, None), "tokens: got torch.int64, expected a floating dtype"),
         ((_TOKENS, _POS, _IDS, None), "pos_embed: got shape [1, 10, 4], expected [1, 9, 4]"),
         ((_TOKENS, None, _IDS.int(), None), "ids_keep: got torch.int32, expected torch.int64"),
         ((_TOKENS, None, _IDS[:1], None), "ids_keep: got shape [1, 3], expected [2, any]"),
         ((_TOKENS, None, _IDS, _POS), "cls_token: got shape [1, 10, 4], expected [1, 1, 4]"),
+        ((_TOKENS, None, _IDS, _TOKEN.double()), "cls_token: got torch.float64, expected torch.float32"),
+        ((_TOKENS.half(), _POS[:, 1:], _IDS, None), "pos_embed: got torch.float32, expected torch.float16"),
+        (
+            (_TOKENS, None, _IDS, _TOKEN.to("meta")),
+            "cls_token: got a tensor on meta, expected one on cpu",
+        ),
     ],
 )
-def test_gather_errors_name_the_argument(arguments: tuple[Tensor, ...], message: str) -> None:
-    with pytest.raises(ValueError) as raised:
+@pytest.mark.parametrize("target", [REFERENCE, NATIVE], ids=["reference", "native"])
+def test_gather_errors_name_the_argument(target: Target, arguments: tuple[Tensor, ...], message: str) -> None:
+    with target.use(), pytest.raises(ValueError) as raised:
         ops.patch_gather(*arguments)
     assert str(raised.value) == f"patch_gather: {message}"
 
@@ -156,6 +289,7 @@ def test_gather_errors_name_the_argument(arguments: tuple[Tensor, ...], message:
             "latent: got 11 tokens, expected 1 to 10 (class token and kept patches)",
         ),
         ((_LATENT, _TOKEN[0], _RESTORE, _POS), "mask_token: got shape [1, 4], expected 3 dimensions"),
+        ((_LATENT, _TOKEN.half(), _RESTORE, _POS), "mask_token: got torch.float16, expected torch.float32"),
         ((_LATENT, _TOKEN, _RESTORE.float(), _POS), "ids_restore: got torch.float32, expected torch.int64"),
         (
             (_LATENT, _TOKEN, _RESTORE, _POS[:, 1:]),
@@ -163,7 +297,57 @@ def test_gather_errors_name_the_argument(arguments: tuple[Tensor, ...], message:
         ),
     ],
 )
-def test_scatter_errors_name_the_argument(arguments: tuple[Tensor, ...], message: str) -> None:
-    with pytest.raises(ValueError) as raised:
+@pytest.mark.parametrize("target", [REFERENCE, NATIVE], ids=["reference", "native"])
+def test_scatter_errors_name_the_argument(
+    target: Target, arguments: tuple[Tensor, ...], message: str
+) -> None:
+    with target.use(), pytest.raises(ValueError) as raised:
         ops.patch_scatter(*arguments)
     assert str(raised.value) == f"patch_scatter: {message}"
+
+
+@pytest.mark.parametrize("target", [REFERENCE, NATIVE], ids=["reference", "native"])
+@pytest.mark.parametrize("wrong", [-1, 9, 2**40])
+def test_indices_out_of_range_are_errors_on_the_cpu(target: Target, wrong: int) -> None:
+    ids, restore = _IDS.clone(), _RESTORE.clone()
+    ids[1, 2] = restore[1, 2] = wrong
+    grad = torch.zeros(2, 10, 4)
+    backward = torch.ops.mlomae
+    calls: dict[str, Callable[[], Any]] = {
+        "patch_gather: ids_keep": lambda: ops.patch_gather(_TOKENS, None, ids, None),
+        "patch_gather_backward: ids_keep": lambda: backward.patch_gather_backward(
+            grad[:, :3], ids, 9, False, False
+        ),
+        "patch_scatter: ids_restore": lambda: ops.patch_scatter(_LATENT, _TOKEN, restore, _POS),
+        "patch_scatter_backward: ids_restore": lambda: backward.patch_scatter_backward(
+            grad, restore, 3, False
+        ),
+    }
+    for argument, call in calls.items():
+        with (
+            target.use(),
+            pytest.raises((ValueError, RuntimeError), match=f"{argument}: got {wrong}, expected 0 to 8"),
+        ):
+            call()
+
+
+@pytest.mark.parametrize("target", [REFERENCE, NATIVE], ids=["reference", "native"])
+def test_ranks_must_be_a_permutation(target: Target) -> None:
+    restore = _RESTORE.clone()
+    restore[1, 2] = 0
+    with (
+        target.use(),
+        pytest.raises((ValueError, RuntimeError), match="patch_scatter: ids_restore: got repeated ranks"),
+    ):
+        ops.patch_scatter(_LATENT, _TOKEN, restore, _POS)
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 2**40])
+def test_triton_turns_indices_out_of_range_into_nan(wrong: int) -> None:
+    ids, restore = _IDS.clone(), _RESTORE.clone()
+    ids[1, 2] = restore[1, 2] = wrong
+    with Target("triton", "cpu").use():
+        visible = ops.patch_gather(_TOKENS, None, ids, None)
+        full = ops.patch_scatter(_LATENT, _TOKEN, restore, _POS)
+    assert visible.isnan().all(dim=2).nonzero().tolist() == [[1, 2]]
+    assert full.isnan().all(dim=2).nonzero().tolist() == [[1, 3]]
