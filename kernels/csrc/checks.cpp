@@ -8,7 +8,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include "errors.h"
 
 namespace mlomae {
 namespace {
@@ -39,30 +40,25 @@ void check_shape(const char* op, const char* argument, const Tensor& tensor,
     const int64_t size = expected.begin()[axis];
     same = size == kAny || size == got[axis];
   }
-  STD_TORCH_CHECK(same, op, ": ", argument, ": got shape ", in_brackets(got), ", expected ",
-                  in_brackets(expected));
+  if (!same) refuse(op, argument, "shape ", in_brackets(got), ", expected ", in_brackets(expected));
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType expected) {
   const ScalarType got = tensor.scalar_type();
-  STD_TORCH_CHECK(got == expected, op, ": ", argument, ": got ", toString(got), ", expected ",
-                  toString(expected));
+  if (got != expected) refuse(op, argument, toString(got), ", expected ", toString(expected));
 }
 
 void check_floating(const char* op, const char* argument, const Tensor& tensor) {
   const ScalarType got = tensor.scalar_type();
   const bool floating = got == ScalarType::Float || got == ScalarType::Double ||
                         got == ScalarType::BFloat16 || got == ScalarType::Half;
-  STD_TORCH_CHECK(floating, op, ": ", argument, ": got ", toString(got),
-                  ", expected Float, Double, BFloat16 or Half");
+  if (!floating) refuse(op, argument, toString(got), ", expected Float, Double, BFloat16 or Half");
 }
 
 void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& first) {
   const auto got = tensor.device();
   const auto expected = first.device();
-  STD_TORCH_CHECK(got == expected, op, ": ", argument, ": got device ", static_cast<int>(got.type()), ":",
-                  got.index(), ", expected that of the first argument, ", static_cast<int>(expected.type()),
-                  ":", expected.index());
+  if (got != expected) refuse(op, argument, "another device, expected that of the first argument");
 }
 
 // A tensor that must have the dtype and the device of the first argument.
@@ -81,8 +77,7 @@ void check_ids(const char* op, const char* argument, const Tensor& ids, const Te
 }
 
 void check_count(const char* op, const char* argument, int64_t got, int64_t low, int64_t high) {
-  STD_TORCH_CHECK(low <= got && got <= high, op, ": ", argument, ": got ", got, ", expected ", low, " to ",
-                  high);
+  if (got < low || got > high) refuse(op, argument, got, ", expected ", low, " to ", high);
 }
 
 }  // namespace
@@ -123,7 +118,7 @@ ScatterSizes check_patch_scatter(const Tensor& latent, const Tensor& mask_token,
   const int64_t width = latent.size(2);
   check_ids(op, "ids_restore", ids_restore, latent, {batch, kAny});
   const int64_t patches = ids_restore.size(1);
-  check_count(op, "latent, tokens", latent.size(1), 1, 1 + patches);
+  check_count(op, "latent", latent.size(1), 1, 1 + patches);
   check_alike(op, "mask_token", mask_token, latent, {1, 1, width});
   check_alike(op, "decoder_pos_embed", decoder_pos_embed, latent, {1, 1 + patches, width});
   return {batch, patches, latent.size(1) - 1, width};
@@ -168,17 +163,20 @@ LossSizes check_masked_patch_loss(const char* op, const Tensor& pred, const Tens
   const int64_t height = images.size(2);
   const int64_t width = images.size(3);
   check_count(op, "patch_size", patch_size, 1, std::max<int64_t>(1, std::min(height, width)));
-  STD_TORCH_CHECK(height % patch_size == 0 && width % patch_size == 0, op, ": images: got ", height, " x ",
-                  width, " pixels, expected multiples of ", patch_size, " (patch_size)");
+  if (height % patch_size || width % patch_size) {
+    refuse(op, "images", height, " x ", width, " pixels, expected multiples of ", patch_size, " (patch_size)");
+  }
   const int64_t columns = width / patch_size;
   const int64_t patches = height / patch_size * columns;
   const int64_t numbers = patch_size * patch_size * channels;
-  STD_TORCH_CHECK(!norm_pix || numbers >= 2, op, ": patch_size: got ", patch_size,
-                  " with norm_pix, expected patches of 2 or more numbers");
+  if (norm_pix && numbers < 2) {
+    refuse(op, "patch_size", patch_size, " with norm_pix, expected patches of 2 or more numbers");
+  }
   check_device(op, "removed", removed, pred);
   const ScalarType kind = removed.scalar_type();
-  STD_TORCH_CHECK(kind == ScalarType::Float || kind == ScalarType::Long, op, ": removed: got ",
-                  toString(kind), ", expected Float (a mask) or Long (positions)");
+  if (kind != ScalarType::Float && kind != ScalarType::Long) {
+    refuse(op, "removed", toString(kind), ", expected Float (a mask) or Long (positions)");
+  }
   check_shape(op, "removed", removed, {batch, kind == ScalarType::Float ? patches : kAny});
   const int64_t predicted = removed.size(1);
   check_shape(op, "pred", pred, {batch, predicted, numbers});
@@ -192,7 +190,7 @@ void check_select_patches(const Tensor& scores, int64_t num_keep) {
   check_floating(op, "scores", scores);
   check_shape(op, "scores", scores, {kAny, kAny});
   check_count(op, "num_keep", num_keep, 1, scores.size(1));
-  check_count(op, "scores, patches", scores.size(1), 1, std::numeric_limits<uint32_t>::max());
+  check_count(op, "scores", scores.size(1), 1, std::numeric_limits<uint32_t>::max());
 }
 
 }  // namespace mlomae

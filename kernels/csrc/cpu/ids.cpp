@@ -4,7 +4,8 @@
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include "../errors.h"
 
 namespace mlomae {
 
@@ -20,8 +21,7 @@ Tensor checked_positions(const char* op, const char* argument, const Tensor& ids
   bool any = false;
   for (const int64_t* id = begin; id != end; ++id) any |= outside(*id);
   if (any) {
-    STD_TORCH_CHECK(false, op, ": ", argument, ": got ", *std::find_if(begin, end, outside),
-                    ", expected 0 to ", patches - 1);
+    refuse(op, argument, *std::find_if(begin, end, outside), ", expected 0 to ", patches - 1);
   }
   return block;
 }
@@ -34,8 +34,10 @@ Tensor checked_permutations(const char* op, const char* argument, const Tensor& 
   for (int64_t image = 0; image < ids.size(0); ++image, row += patches) {
     std::fill(seen.begin(), seen.end(), 0);
     for (int64_t patch = 0; patch < patches; ++patch) {
-      STD_TORCH_CHECK(!seen[row[patch]], op, ": ", argument, ": got ", row[patch], " twice in row ", image,
-                      ", expected every rank once");
+      if (seen[row[patch]]) {
+        refuse(op, argument, "repeated ranks in row ", image, ", expected each of 0 to ", patches - 1,
+               " once");
+      }
       seen[row[patch]] = 1;
     }
   }

@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "../errors.h"
 #include "numbers.h"
 #include "vector_loops.h"
 
@@ -29,7 +29,7 @@ void for_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
     case ScalarType::Half:
       return body(Half{});
     default:
-      STD_TORCH_CHECK(false, "mlomae_native: got ", toString(dtype), ", expected a checked floating dtype");
+      refuse("mlomae_native", "dtype", toString(dtype), ", expected a checked floating dtype");
   }
 }
 
