@@ -1,8 +1,12 @@
-"""The only home of the package's metadata, and the build of its optional native library.
+"""The only home of the package's metadata, and the build of its optional native libraries.
 
 Environment:
     MLOMAE_NO_NATIVE=1       do not build native code
     MLOMAE_REQUIRE_NATIVE=1  fail the install when native code cannot be built (default: one warning)
+    MLOMAE_NO_CUDA=1         do not build the CUDA library, which is built where nvcc is found and torch is a
+                             CUDA build
+    MLOMAE_REQUIRE_CUDA=1    fail the install when the CUDA library cannot be built
+    TORCH_CUDA_ARCH_LIST     its architectures, such as "8.0;9.0" (default: 8.0, 9.0 and 10.0)
 """
 
 from __future__ import annotations
@@ -21,24 +25,27 @@ from setuptools.errors import ExecError
 ROOT = Path(__file__).resolve().parent
 
 
+CPU_LIBRARY, CUDA_LIBRARY = "mlomae_kernels._C", "mlomae_kernels._C_cuda"
+CUDA_ARCHITECTURES = "8.0;9.0;10.0"
+
+
 class CMakeBuild(build_ext):
-    """Builds the extension with CMake.
+    """Builds an extension with CMake.
 
     Every failure is a DistutilsError (``self.spawn`` raises it, subprocess would not): only those turn
     an optional extension into a warning.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Plain ``_C.so``: the library knows nothing of Python, so no Python tag belongs in its name."""
+        """Plain ``_C.so``: a library knows nothing of Python, so no Python tag belongs in its name."""
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
-        torch = importlib.util.find_spec("torch")
-        if torch is None or not torch.submodule_search_locations:
+        torch_dir = _torch_dir()
+        if torch_dir is None:
             raise ExecError("native code needs an installed torch: see the install command in README.md")
-        torch_dir = Path(torch.submodule_search_locations[0])
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir = Path(self.build_temp).resolve() / ext.name
         cmake = _find_program("cmake")
         if cmake is None:
             raise ExecError("native code needs cmake: pip install cmake ninja")
@@ -51,6 +58,12 @@ class CMakeBuild(build_ext):
             f"-DTORCH_INCLUDE_DIR={torch_dir / 'include'}",
             f"-DTORCH_LIBRARY_DIR={torch_dir / 'lib'}",
         ]
+        if ext.name == CUDA_LIBRARY:
+            configure += [
+                "-DMLOMAE_CUDA=ON",
+                f"-DCMAKE_CUDA_COMPILER={_find_program('nvcc') or 'nvcc'}",
+                f"-DCMAKE_CUDA_ARCHITECTURES={_cuda_architectures()}",
+            ]
         ninja = _find_program("ninja")
         if ninja is not None:
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -62,6 +75,25 @@ def _find_program(name: str) -> str | None:
     """Prefers the one pip put beside this Python: a virtual environment need not be on PATH."""
     beside_python = str(Path(sys.executable).parent)
     return shutil.which(name, path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+
+
+def _torch_dir() -> Path | None:
+    """The folder of the installed torch, found without importing it."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or not torch.submodule_search_locations:
+        return None
+    return Path(torch.submodule_search_locations[0])
+
+
+def _cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST in CMake's words: "8.0;9.0+PTX" → "80-real;90"; the last one always gets PTX."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";")
+    names = [name for name in listed if name]
+    return ";".join(
+        name.removesuffix("+PTX").replace(".", "")
+        + ("" if name.endswith("+PTX") or number == len(names) else "-real")
+        for number, name in enumerate(names, start=1)
+    )
 
 
 def _flag(name: str) -> bool:
@@ -84,7 +116,12 @@ def _requirements() -> list[str]:
 def _extensions() -> list[Extension]:
     if _flag("MLOMAE_NO_NATIVE"):
         return []
-    return [Extension("mlomae_kernels._C", sources=[], optional=not _flag("MLOMAE_REQUIRE_NATIVE"))]
+    extensions = [Extension(CPU_LIBRARY, sources=[], optional=not _flag("MLOMAE_REQUIRE_NATIVE"))]
+    required, torch_dir = _flag("MLOMAE_REQUIRE_CUDA"), _torch_dir()
+    cuda_torch = torch_dir is not None and (torch_dir / "lib" / "libtorch_cuda.so").exists()
+    if required or (not _flag("MLOMAE_NO_CUDA") and cuda_torch and _find_program("nvcc")):
+        extensions.append(Extension(CUDA_LIBRARY, sources=[], optional=not required))
+    return extensions
 
 
 setup(

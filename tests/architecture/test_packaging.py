@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import mlomae
-import mlomae_kernels
+from mlomae_kernels._native import native_status
 from tests.architecture.source_tree import ROOT, python_files
 
 _BUILD_INPUTS = ("setup.py", "pyproject.toml", "requirements.txt", "CMakeLists.txt", "LICENSE")
@@ -88,7 +90,8 @@ def _build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProces
     for name in _BUILD_INPUTS:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    settings = {**os.environ, **environment}
+    # The CUDA library is built once, by the test of it.
+    settings = {**os.environ, "MLOMAE_NO_CUDA": "1", **environment}
     return subprocess.run([*pip, "."], cwd=source, env=settings, capture_output=True, text=True)
 
 
@@ -107,7 +110,42 @@ def test_wheel_holds_the_two_packages_only(tmp_path: Path) -> None:
     expected = {path.as_posix().removeprefix("kernels/") for path in python_files("mlomae", "kernels")}
     assert expected | {"mlomae/py.typed", "mlomae_kernels/py.typed"} <= names
     # Here as where the tests run: built where it can be, left out where it cannot.
-    assert ("mlomae_kernels/_C.so" in names) == mlomae_kernels.native_status().available
+    assert ("mlomae_kernels/_C.so" in names) == native_status().available
+
+
+@pytest.mark.slow
+def test_cuda_library_is_built_without_a_gpu(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None or torch.version.cuda is None:
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    build = _build_wheel(tmp_path, MLOMAE_NO_CUDA="0", MLOMAE_REQUIRE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert build.returncode == 0, build.stdout + build.stderr
+    assert "mlomae_kernels/_C_cuda.so" in _wheel_names(tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    library = zipfile.ZipFile(wheel).extract("mlomae_kernels/_C_cuda.so", tmp_path)
+    code = (
+        "import torch; from mlomae_kernels._native import CUDA_OPERATORS, native_status\n"
+        f"assert native_status().available; torch.ops.load_library({library!r})\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print(all(has(f'mlomae_native::{name}', 'CUDA') for name in CUDA_OPERATORS))"
+    )
+    assert _run_python(code, tmp_path) == "True"
+    # torch's stable ABI only, nothing of its C++ or of Python's: one library for many versions of both.
+    symbols = subprocess.run(["nm", "-DC", "--undefined", library], capture_output=True, text=True).stdout
+    assert re.findall(r" U ((?:at::|c10::|torch::|Py|_Py)\S*)", symbols) == []
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+
+
+@pytest.mark.slow
+def test_broken_cuda_compiler_leaves_the_cpu_library(tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "nvcc").chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    build = _build_wheel(tmp_path, MLOMAE_NO_CUDA="0", MLOMAE_REQUIRE_NATIVE="0", PATH=path)
+    assert build.returncode == 0, build.stdout + build.stderr
+    assert "mlomae_kernels/_C_cuda.so" not in _wheel_names(tmp_path)
+    assert ("mlomae_kernels/_C.so" in _wheel_names(tmp_path)) == native_status().available
 
 
 @pytest.mark.slow
