@@ -43,6 +43,11 @@ class Shape:
     def __str__(self) -> str:
         return f"B={self.batch} L={self.patches} D={self.width}"
 
+    @property
+    def slug(self) -> str:
+        """For names of tests and files."""
+        return f"b{self.batch}-l{self.patches}-d{self.width}-p{self.patch_size}"
+
 
 @dataclass(frozen=True)
 class Call:

@@ -93,14 +93,21 @@ class Predictions {
 
  private:
   Item first_removed(int64_t position, int64_t end) const {
-    for (; position < end; ++position) {
-      const int64_t image = position / sizes_.predicted;
-      const int64_t index = position % sizes_.predicted;
+    if (position >= end) return {end, 0, 0, {}};
+    int64_t image = position / sizes_.predicted;
+    int64_t index = position % sizes_.predicted;
+    for (; position < end; ++position, ++index) {
+      if (index == sizes_.predicted) {
+        index = 0;
+        ++image;
+      }
       const int64_t patch = removed_.at(image, index);
       if (patch == RemovedPatches::kKept) continue;
-      const int64_t row = patch / sizes_.columns * layout_.side;
-      const int64_t column = patch % sizes_.columns * layout_.side;
-      const Pixel* pixels = planes_.at(image, 0) + row * layout_.row_stride + column;
+      // Small patches spend much of their time here, and a division of 32 bits costs half of one of 64.
+      const auto grid_row = static_cast<uint32_t>(patch) / static_cast<uint32_t>(sizes_.columns);
+      const int64_t column = patch - grid_row * sizes_.columns;
+      const Pixel* pixels =
+          planes_.at(image, 0) + grid_row * layout_.side * layout_.row_stride + column * layout_.side;
       return {position, image, index, {pixels, guesses_.at(image, index)}};
     }
     return {end, 0, 0, {}};

@@ -88,6 +88,12 @@ inline void read_patch(const PredictedPatch<Pred, Pixel>& patch, const Predicted
                        const PatchLayout& layout, Number* numbers) {
   constexpr int64_t kLine = 64 / sizeof(Pred);  // a cache line's worth of the prediction
   const int64_t row_numbers = layout.side * layout.channels;
+  if (layout.numbers() < kLine) {  // several patches share a line: nothing to ask for
+    for (int64_t row = 0; row < layout.side; ++row) {
+      read_row(patch.pixels + row * layout.row_stride, layout, numbers + row * row_numbers);
+    }
+    return;
+  }
   for (int64_t row = 0; row < layout.side; ++row) {
     const Pixel* next_row = next.pixels + row * layout.row_stride;
     for (int64_t channel = 0; channel < layout.channels; ++channel) {
