@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py              every shape; writes a record to benchmarks/results
     python benchmarks/gpu.py --quick      the first shape only
-    python benchmarks/gpu.py --smoke      no GPU: runs every provider once on a tiny shape, times nothing
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --smoke
+                                          no GPU: runs every provider once on a tiny shape, times nothing
 
 For each operator and direction the table shows the bytes that must move, the time that they take at the
 measured copy bandwidth (the floor), the measured time and its distance to the floor. A provider is timed only

@@ -90,11 +90,9 @@ class Operator:
     def _compute(self, *args: Any) -> Any:
         device_type = next(a for a in args if isinstance(a, Tensor)).device.type
         fast = fast_implementation(self.name, device_type)
-        if fast is not None:
-            self._check(*args)
+        self._check(*args)
         # Native code on the CPU checks indices itself.
         if self._check_values is not None and (debug() or (fast is None and device_type == "cpu")):
-            self._check(*args)
             self._check_values(*args)
         return self._reference(*args) if fast is None else fast(*args)
 

@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "../errors.h"
+#include "../layout.h"
 #include "numbers.h"
 #include "vector_loops.h"
 
@@ -31,13 +32,6 @@ void for_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
     default:
       refuse("mlomae_native", "dtype", toString(dtype), ", expected a checked floating dtype");
   }
-}
-
-// The tensor itself if its last dimension has unit stride, else a contiguous copy.
-inline torch::stable::Tensor with_rows(const torch::stable::Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.stride(last) == 1 || tensor.size(last) <= 1) return tensor;
-  return torch::stable::contiguous(tensor);
 }
 
 // A tensor [B, R, D] as rows of D numbers.

@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "../errors.h"
+#include "../layout.h"
 #include "moves.h"
 
 namespace mlomae {
@@ -31,13 +32,6 @@ cuda::Kind kind_of(const Tensor& tensor) {
     default:
       return cuda::Kind::kHalf;
   }
-}
-
-// The tensor itself if its last dimension has unit stride, else a contiguous copy.
-Tensor with_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.stride(last) == 1 || tensor.size(last) <= 1) return tensor;
-  return torch::stable::contiguous(tensor);
 }
 
 cuda::Rows rows_of(const Tensor& tensor) {
