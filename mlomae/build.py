@@ -69,7 +69,7 @@ def build_levels(
     torch.manual_seed(stream_seed(config.seed, "init", "mask"))
     network = build_masking_network(config.masking, grid, embed_dim)
     lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, network)
-    middle = HeadLevel(engine(classifier, config.head), loaders.head, config.head, config)
+    middle = HeadLevel(engine(classifier, config.head), loaders.head, config)
     upper = MaskLevel(engine(network, config.mask), loaders.mask, config, lower, middle)
     return Levels(lower, middle, upper)
 

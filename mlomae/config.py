@@ -55,6 +55,10 @@ class ModelConfig(Section):
     pool: Literal["cls", "mean", "cls+mean"] = Field(
         "cls", description="cls | mean | cls+mean: features for the head and for evaluation"
     )
+    predict: Literal["removed", "all"] = Field(
+        "removed",
+        description="patches that the decoder's last layers compute in training; all changes no loss",
+    )
     attention: Literal["auto", "flash", "fused", "reference"] = Field(
         "auto",
         description="flash: the flash-attn package (bf16 on a GPU); fused: torch's; "
@@ -199,9 +203,36 @@ class MaskConfig(LevelConfig):
 
 
 class HypergradientConfig(Section):
-    """Finite-difference influence (method: forward-only central difference)."""
+    """How the mask level's gradient is computed (docs/hypergradient.md)."""
 
-    radius: float = Field(1e-4, gt=0, lt=1, description="length of the perturbation relative to ||theta||")
+    estimator: Literal["auto", "fd", "fd-forward", "jvp", "exact"] = Field(
+        "auto",
+        description="of each patch's influence. fd: central difference, two forward passes; fd-forward: "
+        "one-sided, one pass; jvp: forward-mode derivative; exact: double backward, for tiny models; "
+        "auto: jvp under bf16 autocast, else fd",
+    )
+    precision: Literal["auto", "float32", "engine"] = Field(
+        "auto",
+        description="of the influence. engine: as the pretrain step runs; "
+        "auto: float32 for fd and exact, engine for fd-forward and jvp",
+    )
+    radius: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        "auto", description="of a finite difference, relative to ||theta||; auto follows its error"
+    )
+    check_every: int = Field(
+        100, ge=0, description="hypergradients between checks against half and double the radius; 0: never"
+    )
+    best_response: Literal["one-step", "implicit"] = Field(
+        "one-step", description="of the head (levels 3). implicit: trained to optimality at the features"
+    )
+    damping: float = Field(1e-2, gt=0, description="of implicit: pull of the head's optimum to its weights")
+    precondition: Literal["none", "adam"] = Field(
+        "none", description="adam: v goes through the derivative of the pretrain level's AdamW step (SAMA)"
+    )
+    every: Positive = Field(
+        1, description="outer iterations per hypergradient; between them only the head steps"
+    )
+    share: float = Field(1.0, gt=0, le=1, description="share of the pretrain batch whose influence is taken")
 
 
 class EvalConfig(Section):
@@ -252,7 +283,7 @@ class Config(Section):
 # Fields that may change when a run directory is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
     "run_dir", "device", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
-    "data.path", "data.download", "data.workers", "model.attention",
+    "data.path", "data.download", "data.workers", "model.attention", "model.predict",
 }  # fmt: skip
 
 

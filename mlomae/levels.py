@@ -5,9 +5,8 @@ Lower to upper: pretrain (autoencoder, theta) → head (classifier, w) → mask 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
@@ -17,40 +16,17 @@ from torch.func import functional_call
 from mlomae import objectives
 from mlomae.config import Config, LevelConfig
 from mlomae.data.loader import Batch, Stream
-from mlomae.distributed import collectives
 from mlomae.distributed.engine import Engine, trainable
-from mlomae.mlo.direction import Direction, HeadProblem, Weights, encoder_direction
-from mlomae.mlo.influence import central_difference
-from mlomae.mlo.perturb import global_norm
+from mlomae.hypergradient import Hypergradient, MaskedBatch, Metrics
+from mlomae.mlo.best_response import HeadProblem, Weights
+from mlomae.mlo.direction import Direction
 from mlomae.mlo.schedule import warmup_cosine
-from mlomae.models.encoder import pool_features
+from mlomae.mlo.space import global_norm
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import MaskingNetwork
-from mlomae.models.selection import MaskPolicy, PatchSelection
+from mlomae.models.selection import MaskPolicy
 
-Metrics = dict[str, Tensor]
-"""Scalars by name, 0-dim tensors on the device."""
 Rates = TypeVar("Rates", bound=LevelConfig)
-
-
-@dataclass(frozen=True)
-class MaskedBatch:
-    """One pretrain batch and its mask: at which the mask level differentiates the pretrain step.
-
-    The mixed derivative is taken at these images, tokens and kept patches and at the weights after the
-    last pretrain step, as if that step had been plain gradient descent.
-
-    Attributes:
-        images: [B, C, H, W].
-        selection: the patches kept.
-        tokens: [B, L, D] input of the masking network, frozen; None for policies that do not learn.
-        scores: [B, L] of the masking network, constant; None for policies that do not learn.
-    """
-
-    images: Tensor
-    selection: PatchSelection
-    tokens: Tensor | None
-    scores: Tensor | None
 
 
 class Level(Generic[Rates]):
@@ -92,20 +68,30 @@ class PretrainLevel(Level[LevelConfig]):
         super().__init__(engine, stream, config.pretrain, config)
         self.policy = policy
         self.masking_network = masking_network
+        self.preconditions = config.hypergradient.precondition == "adam"
 
     @property
     def autoencoder(self) -> MaskedAutoencoder:
         assert isinstance(self.engine.module, MaskedAutoencoder)
         return self.engine.module
 
-    def step(self, batch: Batch, iteration: int) -> tuple[MaskedBatch, Metrics]:
-        """One optimizer step of the autoencoder on one batch."""
+    def step(self, batch: Batch, iteration: int, record: bool = False) -> tuple[MaskedBatch, Metrics]:
+        """One optimizer step of the autoencoder on one batch.
+
+        Args:
+            record: whether the mask level will differentiate this step.
+        """
         masked = self.mask(batch)
         mask = masked.selection.mask
         errors = self.engine(masked.images, masked.selection)
         weights = None if masked.scores is None else masked.scores.sigmoid()
         loss = objectives.pretrain_loss(errors, mask, weights)
-        self.engine.descend(loss, self.lr(iteration))
+        lr = self.lr(iteration)
+        if record:
+            step = self.engine.descend_recorded(loss, lr, slope=self.preconditions)
+            masked = replace(masked, errors=errors.detach(), step=step)
+        else:
+            self.engine.descend(loss, lr)
         unweighted = objectives.pretrain_loss(errors.detach(), mask, None)
         return masked, {"loss/pretrain": loss.detach(), "loss/reconstruction": unweighted}
 
@@ -129,6 +115,11 @@ class PretrainLevel(Level[LevelConfig]):
 class HeadLevel(Level[LevelConfig]):
     """Level 2: classify the train batch from the encoder's features."""
 
+    def __init__(self, engine: Engine, stream: Stream, config: Config) -> None:
+        super().__init__(engine, stream, config.head, config)
+        self.response = config.hypergradient.best_response if config.levels == 3 else "frozen"
+        self.damping = config.hypergradient.damping
+
     def step(self, features: Tensor, labels: Tensor, iteration: int) -> Metrics:
         """One optimizer step of the head; the features [B, D] are constant."""
         logits = self.engine(features)
@@ -137,14 +128,15 @@ class HeadLevel(Level[LevelConfig]):
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return {"loss/head": loss.detach(), "accuracy/head": accuracy}
 
-    def problem(self, lr: float, levels: int) -> HeadProblem:
-        """This level as the mask level sees it."""
+    def problem(self, iteration: int) -> HeadProblem:
+        """This level as the mask level sees it in one outer iteration."""
         module = self.engine.module
 
         def loss(weights: Weights, features: Tensor, labels: Tensor) -> Tensor:
             return objectives.head_loss(functional_call(module, weights, (features,)), labels)
 
-        return HeadProblem(loss, dict(module.named_parameters()), lr, levels)
+        weights = {name: weight.detach() for name, weight in module.named_parameters()}
+        return HeadProblem(loss, weights, self.response, self.lr(iteration), self.damping)
 
 
 class MaskLevel(Level[LevelConfig]):
@@ -155,72 +147,19 @@ class MaskLevel(Level[LevelConfig]):
     ) -> None:
         super().__init__(engine, stream, config.mask, config)
         self.pretrain = pretrain
-        self.head = head
-        self.levels = config.levels
-        self.pool = config.model.pool
-        self.radius = config.hypergradient.radius
-
-    def direction(self, train: Batch, heldout: Batch, iteration: int) -> Direction:
-        """v: how the held-out loss changes with the encoder's weights (all ranks agree on it)."""
-        assert train.labels is not None and heldout.labels is not None
-        encoder = self.pretrain.autoencoder.encoder
-
-        def encode(images: Tensor) -> Tensor:
-            with self.pretrain.engine.autocast():
-                tokens = encoder(images)
-            # The head's own derivatives are taken outside autocast: they are exact and cost nothing.
-            return pool_features(tokens, self.pool).to(images.dtype)
-
-        return encoder_direction(
-            encode,
-            parameters_of(encoder),
-            self.head.problem(self.head.lr(iteration), self.levels),
-            (train.images, train.labels),
-            (heldout.images, heldout.labels),
-            collectives.average,
-        )
-
-    def influence(self, masked: MaskedBatch, direction: Direction) -> tuple[Tensor, Metrics]:
-        """Derivative of each patch's error [B, L] along v, at the frozen selection, without autocast."""
-        autoencoder = self.pretrain.autoencoder
-
-        def errors() -> Tensor:
-            return autoencoder(masked.images, masked.selection)
-
-        with full_precision():
-            result = central_difference(
-                errors, parameters_of(autoencoder.encoder), direction.values, self.radius
-            )
-        return result.values, {"hypergradient/direction_norm": result.direction_norm}
+        self.share = config.hypergradient.share
+        self.hypergradient = Hypergradient(config, pretrain.engine, head.problem)
 
     def step(self, masked: MaskedBatch, direction: Direction, iteration: int) -> Metrics:
         """One optimizer step of the masking network."""
-        influence, metrics = self.influence(masked, direction)
-        probability = self.engine(masked.tokens).sigmoid()
-        loss = objectives.mask_loss(
-            probability, masked.selection.mask, influence, self.pretrain.lr(iteration)
-        )
+        part = masked.first(self.share)
+        influence, metrics = self.hypergradient.influence(part, direction)
+        probability = self.engine(part.tokens).sigmoid()
+        lr = self.pretrain.lr(iteration)
+        loss = objectives.mask_loss(probability, part.selection.mask, influence, lr)
         self.engine.descend(loss, self.lr(iteration))
         norm = torch.as_tensor(self.engine.grad_norm, dtype=torch.float32, device=influence.device)
         return {"loss/mask": direction.heldout_loss, "hypergradient/norm": norm, **metrics}
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products without TF32, whose rounding would drown a finite difference.
-
-    cuDNN's convolutions, and with them the patch projection, use TF32 unless told otherwise.
-    """
-    # torch.backends.cudnn replaces itself by an object that has more attributes than the module.
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:

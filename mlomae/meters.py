@@ -10,24 +10,24 @@ from mlomae.errors import UserError
 
 
 class Meters:
-    """Averages scalars over the iterations since the last read."""
+    """Averages scalars over the iterations, since the last read, that had them."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Adds one iteration's 0-dim tensors; no host synchronisation."""
         for name, value in scalars.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
-        self._count += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
         """The means over iterations and ranks, by name; resets. One host read."""
         names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name].to(torch.float64) for name in names]) / self._count
+        stacked = torch.stack([self._sums[name].to(torch.float64) / self._counts[name] for name in names])
         (mean,) = collectives.average([stacked])
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, {}
         return dict(zip(names, mean.tolist(), strict=True))
 
 

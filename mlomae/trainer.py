@@ -17,7 +17,8 @@ from mlomae.distributed.engine import state_shapes, weights_of
 from mlomae.distributed.env import World
 from mlomae.errors import UserError
 from mlomae.evaluate import evaluate_features, pixels
-from mlomae.levels import MaskedBatch, Metrics, mean_of
+from mlomae.hypergradient import MaskedBatch, Metrics
+from mlomae.levels import mean_of
 from mlomae.meters import FiniteGuard, Meters
 from mlomae.metrics import MetricsWriter
 from mlomae.models.encoder import pool_features
@@ -81,20 +82,31 @@ class Trainer:
     def iterate(self, iteration: int) -> MaskedBatch:
         """One outer iteration; returns the last pretrain batch with its mask."""
         device = self.world.device
-        levels = self.levels
+        levels, unroll_steps = self.levels, self.config.pretrain.unroll_steps
+        due = levels.mask is not None and levels.mask.hypergradient.due(iteration)
         steps: list[Metrics] = []
-        for _ in range(self.config.pretrain.unroll_steps):
-            masked, metrics = levels.pretrain.step(levels.pretrain.next_batch(device), iteration)
+        for number in range(unroll_steps):
+            batch = levels.pretrain.next_batch(device)
+            record = due and number == unroll_steps - 1
+            masked, metrics = levels.pretrain.step(batch, iteration, record)
             steps.append(metrics)
         scalars = mean_of(steps)
         if levels.mask is not None and levels.head is not None:
-            train, heldout = levels.head.next_batch(device), levels.mask.next_batch(device)
-            direction = levels.mask.direction(train, heldout, iteration)
+            train = levels.head.next_batch(device)
             assert train.labels is not None
-            scalars |= levels.head.step(direction.train_features, train.labels, iteration)
-            scalars |= levels.mask.step(masked, direction, iteration)
+            if due:
+                heldout = levels.mask.next_batch(device)
+                direction = levels.mask.hypergradient.direction(train, heldout, iteration)
+                features = direction.train_features
+            else:
+                with torch.no_grad():
+                    features = levels.mask.hypergradient.features(train.images)
+            scalars |= levels.head.step(features, train.labels, iteration)
+            if due:
+                scalars |= levels.mask.step(masked, direction, iteration)
         for name, level in levels.by_name().items():
-            self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.weight_norm())
+            if f"loss/{name}" in scalars:
+                self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.weight_norm())
         self.meters.add(scalars)
         return masked
 
@@ -174,6 +186,8 @@ class Trainer:
             "seconds": self.seconds,
             "streams": {name: level.stream.state_dict() for name, level in levels.items()},
         }
+        if self.levels.mask is not None:
+            state["hypergradient"] = self.levels.mask.hypergradient.state_dict()
 
         def write() -> None:
             folder, keep = self.run_dir.checkpoints, self.config.keep_checkpoints
@@ -201,6 +215,8 @@ class Trainer:
                 {key.removeprefix(prefix): t for key, t in loaded.tensors.items() if key.startswith(prefix)}
             )
             level.stream.load_state_dict(loaded.state["streams"][name])
+        if self.levels.mask is not None and "hypergradient" in loaded.state:
+            self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
         self.iteration = loaded.state["iteration"]
         self.seconds = loaded.state["seconds"]
 

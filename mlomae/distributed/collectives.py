@@ -33,6 +33,13 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     return dense
 
 
+def total(tensor: Tensor) -> Tensor:
+    """Sum over ranks; every rank receives the same bits."""
+    if _active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def maximum(tensor: Tensor) -> Tensor:
     """Element-wise maximum over ranks."""
     if _active():

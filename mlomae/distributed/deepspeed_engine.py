@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mlomae.config import LevelConfig
+from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import merge
 from mlomae.distributed.engine import MOMENTS, build_adamw, set_lr, trainable, weights_of
 from mlomae.distributed.env import World
+from mlomae.distributed.recorder import StepRecord, StepRecorder
+from mlomae.distributed.zero import PartitionedShardSpace, ReplicatedShardSpace, ShardSpace
 from mlomae.errors import UserError
+from mlomae.mlo.space import TensorSpace, WeightSpace
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -60,6 +64,7 @@ class DeepSpeedEngine:
         )
         self.module = module
         self.grad_norm: Tensor | float | None = None
+        self._clip = config.clip
         self._fragments = deepspeed.utils
         self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         precision = ds_config.get("torch_autocast", {})
@@ -80,6 +85,24 @@ class DeepSpeedEngine:
         self._engine.step()
         if self._stage:
             self.grad_norm = self._engine.get_global_grad_norm()
+
+    def descend_recorded(self, loss: Tensor, lr: float, slope: bool) -> StepRecord:
+        if self._stage:
+            targets = self._shard_space("").stepped()
+        else:
+            targets = [parameter for _, parameter in trainable(self.module)]
+        with StepRecorder(self._base_optimizer, targets, slope) as recorder:
+            self.descend(loss, lr)
+        return recorder.record(self.grad_norm, self._clip)
+
+    def weight_space(self, prefix: str) -> WeightSpace:
+        if self._stage:
+            return self._shard_space(prefix)
+        return TensorSpace(dict(trainable(self.module)), prefix, collectives.average)
+
+    def _shard_space(self, prefix: str) -> ShardSpace:
+        kind = PartitionedShardSpace if self._stage == 3 else ReplicatedShardSpace
+        return kind(self._engine, self.module, prefix)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device_type, torch.bfloat16) if self._autocast else nullcontext()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mlomae.config import LevelConfig
 from mlomae.distributed import collectives
+from mlomae.distributed.recorder import StepRecord, StepRecorder
+from mlomae.mlo.space import TensorSpace, WeightSpace
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's per-parameter state."""
@@ -38,6 +40,16 @@ class Engine(Protocol):
 
     def descend(self, loss: Tensor, lr: float) -> None:
         """Backward, mean of the gradients over ranks, clipping, one optimizer step."""
+
+    def descend_recorded(self, loss: Tensor, lr: float, slope: bool) -> StepRecord:
+        """``descend``, and where it started, in the engine's weight space.
+
+        Args:
+            slope: record the derivative of the AdamW step too.
+        """
+
+    def weight_space(self, prefix: str) -> WeightSpace:
+        """All trainable weights as a vector, of which directions move those that ``prefix`` names."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A fresh context with the engine's precision, for evaluations through ``module``."""
@@ -90,7 +102,6 @@ class TorchEngine:
         return output
 
     def descend(self, loss: Tensor, lr: float) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = collectives.average(
             [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -102,6 +113,16 @@ class TorchEngine:
             nn.utils.clip_grads_with_norm_(self._parameters, self.clip, self.grad_norm)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+        # What comes next, the backward pass of the hypergradient, has a use for their memory.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def descend_recorded(self, loss: Tensor, lr: float, slope: bool) -> StepRecord:
+        with StepRecorder(self.optimizer, list(self._parameters), slope) as recorder:
+            self.descend(loss, lr)
+        return recorder.record(self.grad_norm, self.clip)
+
+    def weight_space(self, prefix: str) -> WeightSpace:
+        return TensorSpace(dict(trainable(self.module)), prefix, collectives.average)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -1,49 +1,59 @@
-"""Influence: the derivative of every patch's reconstruction error along a direction in weight space."""
+"""Influence: the derivative of every patch's reconstruction error along a direction in weight space.
+
+The hypergradient needs no more of the pretrain level than this (docs/hypergradient.md):
+
+    d L_val / d phi = -lr * sum_bi (m_bi / M) * (D_v l_bi) * d p_bi / d phi
+
+One module per estimator, all with the same arguments (``mlomae.mlo.estimators``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mlomae.mlo.perturb import global_norm, perturbation
+from mlomae.mlo.space import Vector, WeightSpace
 
 
 @dataclass(frozen=True)
-class Influence:
-    """``values`` [B, L]: derivative of each patch's error along v; ``direction_norm``: ||v||, 0-dim."""
+class PatchErrors:
+    """The per-patch errors l(theta) of one batch, at a frozen selection, around one point.
 
-    values: Tensor
-    direction_norm: Tensor
-
-
-def central_difference(
-    errors: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    relative_radius: float,
-) -> Influence:
-    """``(l(theta + eps v) - l(theta - eps v)) / (2 eps)`` with ``eps ||v|| = relative_radius * ||theta||``.
-
-    Two evaluations without gradient; the parameters are restored bit for bit. The radius is relative
-    to the norm of the perturbed weights, because the rounding error of a forward pass grows with it.
-
-    Args:
-        errors: evaluates the per-patch errors [B, L] at the present parameters. It must replay the
-            same batch and the same patch selection at every call, draw nothing at random and, under
-            autocast, open its own autocast context (a shared one would reuse cached weights).
-        parameters: perturbed in place, then restored.
-        direction: v, like ``parameters``.
-        relative_radius: length of the perturbation divided by ``||theta||``.
+    Attributes:
+        space: the weights.
+        point: theta at which the derivative is taken; None for the present weights.
+        values: [B, L] errors at ``point``, if they are known.
+        evaluate: errors [B, L] at the weights that the module holds. It must replay the same batch and
+            selection at every call, draw nothing at random and, under autocast, open a context of its
+            own (a shared one would reuse the cached weights of the call before).
+        function: errors [B, L] as a function of whole weights by name; differentiable any number of
+            times and in forward mode.
     """
-    norm = global_norm(direction)
+
+    space: WeightSpace
+    point: Vector | None
+    values: Tensor | None
+    evaluate: Callable[[], Tensor]
+    function: Callable[[Mapping[str, Tensor]], Tensor]
+
+    def base(self) -> Vector:
+        """``point``, or a copy of the present weights."""
+        return [value.clone() for value in self.space.values()] if self.point is None else self.point
+
+
+Estimator = Callable[[PatchErrors, Vector, Tensor], Tensor]
+"""(errors, direction v, eps) → influence [B, L]; ``eps`` is the step length in units of v."""
+
+
+def step_length(errors: PatchErrors, direction: Vector, relative_radius: float) -> tuple[Tensor, Tensor]:
+    """``eps`` with ``eps * ||v|| = relative_radius * ||theta||``, and ``||v||``; both 0-dim.
+
+    The radius is relative to the norm of the weights that move, because the rounding error of a
+    forward pass grows with it.
+    """
+    norm = errors.space.norm(direction)
     tiny = torch.finfo(norm.dtype).tiny
-    eps = relative_radius * global_norm(parameters) / norm.clamp_min(tiny**0.5)
-    with torch.no_grad(), perturbation(parameters, direction) as move:
-        move(eps)
-        above = errors()
-        move(-eps)
-        below = errors()
-    return Influence((above - below) / (2 * eps), norm)
+    return relative_radius * errors.space.scale() / norm.clamp_min(tiny**0.5), norm

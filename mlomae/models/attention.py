@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
@@ -31,3 +34,16 @@ def set_attention(module: nn.Module, backend: str) -> None:
     for layer in module.modules():
         if isinstance(layer, PackedAttention):
             layer.backend = backend
+
+
+@contextmanager
+def using_attention(module: nn.Module, backend: str) -> Iterator[None]:
+    """Within the context, every attention layer of a module uses this back end."""
+    layers = [layer for layer in module.modules() if isinstance(layer, PackedAttention)]
+    before = [layer.backend for layer in layers]
+    try:
+        set_attention(module, backend)
+        yield
+    finally:
+        for layer, name in zip(layers, before, strict=True):
+            layer.backend = name

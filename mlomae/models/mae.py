@@ -35,12 +35,30 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(init_linear)
 
-    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """[B, 1 + K, D] latent and [B, L] inverse permutation → [B, L, P] predicted patches."""
+    def forward(self, latent: Tensor, ids_restore: Tensor, ids_removed: Tensor | None = None) -> Tensor:
+        """Predicts all patches, or the removed ones only.
+
+        Only the last block can leave patches out: what it attends to are all of them.
+
+        Args:
+            latent: [B, 1 + K, D].
+            ids_restore: [B, L] inverse permutation.
+            ids_removed: [B, L - K] positions to predict; None for all.
+
+        Returns:
+            [B, L, P] or [B, L - K, P] predicted patches.
+        """
         x = mlomae_kernels.patch_scatter(self.embed(latent), self.mask_token, ids_restore, self.pos_embed)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.pred(self.norm(x[:, 1:]))
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        x = x + last.attn(last.norm1(x))
+        x = x[:, 1:]
+        if ids_removed is not None:
+            x = mlomae_kernels.patch_gather(x, None, ids_removed, None)
+        x = x + last.mlp(last.norm2(x))
+        return self.pred(self.norm(x))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -52,6 +70,7 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix = config.norm_pix
         self.encoder = ViTEncoder(config.arch, config.size, config.patch_size, config.in_chans)
         self.decoder = Decoder(config, self.encoder.embed_dim)
+        self.predicts_all = config.predict == "all"
         set_attention(self, config.attention)
 
     def reconstruct(self, images: Tensor, selection: PatchSelection) -> Tensor:
@@ -70,10 +89,21 @@ class MaskedAutoencoder(nn.Module):
             [B, L], float32 or float64: mean squared error of each removed patch, 0 at kept ones.
         """
         # The loss is float32, whatever autocast did to the prediction.
-        return mlomae_kernels.masked_patch_loss(
-            self.reconstruct(images, selection),
+        if self.predicts_all:
+            return mlomae_kernels.masked_patch_loss(
+                self.reconstruct(images, selection),
+                images,
+                selection.mask,
+                patch_size=self.patch_size,
+                norm_pix=self.norm_pix,
+            )
+        removed = selection.ids_removed
+        latent = self.encoder(images, selection.ids_keep)
+        errors = mlomae_kernels.masked_patch_loss(
+            self.decoder(latent, selection.ids_restore, removed),
             images,
-            selection.mask,
+            removed,
             patch_size=self.patch_size,
             norm_pix=self.norm_pix,
         )
+        return errors.new_zeros(selection.mask.shape).scatter(1, removed, errors)

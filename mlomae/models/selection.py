@@ -33,6 +33,11 @@ class PatchSelection:
     ids_restore: Tensor
     mask: Tensor
 
+    @property
+    def ids_removed(self) -> Tensor:
+        """int64 [B, L - K], the removed patches in the order in which they were ranked."""
+        return self.ids_restore.argsort(dim=1)[:, self.ids_keep.shape[1] :].contiguous()
+
 
 class MaskPolicy:
     """Chooses patches by the policy named in ``masking.policy``."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from mlomae.config import Config
 from mlomae.distributed.ds_config import load_ds_config
 from mlomae.distributed.env import World, join_world
-from mlomae.levels import MaskedBatch, parameters_of
+from mlomae.hypergradient import MaskedBatch
+from mlomae.levels import parameters_of
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
 from tests.distributed.ranks import run_ranks
@@ -77,8 +78,8 @@ def _mask_step(trainer: Trainer) -> dict[str, Any]:
     masked = levels.pretrain.mask(levels.pretrain.next_batch(device))
     train, heldout = levels.head.next_batch(device), levels.mask.next_batch(device)
     before = _weights(levels.pretrain.engine.module)
-    direction = levels.mask.direction(train, heldout, ITERATIONS - 2)
-    influence, _ = levels.mask.influence(masked, direction)
+    direction = levels.mask.hypergradient.direction(train, heldout, ITERATIONS - 2)
+    influence, _ = levels.mask.hypergradient.influence(masked, direction)
     after = _weights(levels.pretrain.engine.module)
     levels.mask.step(masked, direction, ITERATIONS - 2)
     return {

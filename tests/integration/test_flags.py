@@ -19,8 +19,10 @@ from PIL import Image
 from mlomae import evaluate
 from mlomae.config import Config, flatten
 from mlomae.data import sources
+from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import join_world
 from mlomae.errors import UserError
+from mlomae.hypergradient import Hypergradient
 from mlomae.models.attention import PackedAttention
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
@@ -82,6 +84,7 @@ EFFECTS: dict[str, Effect] = {
     "model.decoder_heads": on_training(4),
     "model.norm_pix": on_training(False),
     "model.attention": on("attention", "reference"),
+    "model.predict": on("predictions", "all"),
     "model.pool": on_training("cls"),
     "masking.policy": on_training("weighted-random"),
     "masking.ratio": on_training(0.75),
@@ -102,7 +105,15 @@ EFFECTS: dict[str, Effect] = {
     **of_rates("pretrain", unroll_steps=on_training(1)),
     **of_rates("head"),
     **of_rates("mask"),
+    "hypergradient.estimator": on_training("jvp"),
+    "hypergradient.precision": on("precision", "engine"),
     "hypergradient.radius": on_training(1e-2),
+    "hypergradient.check_every": on_training(0),
+    "hypergradient.best_response": on_training("implicit"),
+    "hypergradient.damping": on("implicit runs", 1.0),
+    "hypergradient.precondition": on_training("adam"),
+    "hypergradient.every": on_training(2),
+    "hypergradient.share": on_training(0.5),
     "eval.batch_size": on("evaluation batches", 100),
     "eval.knn_k": on("accuracy", 300),
     "eval.pixels": on("result", True),
@@ -248,6 +259,48 @@ def test_attention_is_chosen_and_told() -> None:
     assert told["reference"].endswith("attention: reference (as configured)")
     with pytest.raises(UserError, match=r"^model\.attention: .* flash-attn does not run on cpu"):
         build({"model.attention": "flash"})
+
+
+def test_predict_chooses_what_the_decoder_computes(base: dict[str, Any], tmp_path: Path) -> None:
+    predicted: dict[str, int] = {}
+    for choice in ("removed", "all"):
+        trainer = build({"model.predict": choice})
+        autoencoder = trainer.levels.pretrain.autoencoder
+        autoencoder.decoder.pred.register_forward_pre_hook(
+            lambda _, inputs, choice=choice: predicted.update({choice: inputs[0].shape[1]})
+        )
+        trainer.iterate(0)
+    assert predicted == {"removed": 8, "all": 16}
+    rows = observe(tmp_path / "run", {"model.predict": "all"})["training"]
+    for row, before in zip(rows, base["training"], strict=True):
+        for name in ("loss/pretrain", "loss/head", "loss/mask"):
+            assert row[name] == pytest.approx(before[name], rel=1e-5)
+
+
+def test_precision_of_the_hypergradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hypergradient(**fields: Any) -> Hypergradient:
+        mask = build({f"hypergradient.{name}": value for name, value in fields.items()}).levels.mask
+        assert mask is not None
+        return mask.hypergradient
+
+    assert hypergradient().full_precision
+    assert not hypergradient(precision="engine").full_precision
+    monkeypatch.setattr(TorchEngine, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    assert (hypergradient().estimator, hypergradient().full_precision) == ("jvp", False)
+    assert hypergradient(estimator="fd").full_precision
+    with pytest.raises(UserError, match=r"^hypergradient\.estimator: fd-forward reuses .*under autocast"):
+        hypergradient(estimator="fd-forward", precision="float32")
+
+
+def test_damping_changes_the_implicit_response(tmp_path: Path) -> None:
+    runs = [
+        observe(
+            tmp_path / str(damping),
+            {"hypergradient.best_response": "implicit", "hypergradient.damping": damping},
+        )["training"]
+        for damping in (1e-2, 1.0)
+    ]
+    assert any(differ(*rows) for rows in zip(*runs, strict=True))
 
 
 def test_dataset_and_path_choose_the_images(fill_images: Callable[..., Path]) -> None:

@@ -17,7 +17,8 @@ from mlomae import objectives
 from mlomae.config import Config
 from mlomae.data.loader import Batch
 from mlomae.distributed.engine import TorchEngine, trainable
-from mlomae.levels import HeadLevel, MaskedBatch, MaskLevel, PretrainLevel, parameters_of
+from mlomae.hypergradient import MaskedBatch
+from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel, parameters_of
 from mlomae.models import encoder as encoder_module
 from mlomae.models.encoder import pool_features
 from mlomae.models.head import ClassifierHead
@@ -80,8 +81,9 @@ class Problem:
 
     def hypergradient(self) -> Tensor:
         """The gradient that the mask level descends along, flat."""
-        direction = self.mask.direction(self.train, self.heldout, ITERATION)
-        influence, _ = self.mask.influence(self.masked, direction)
+        hypergradient = self.mask.hypergradient
+        direction = hypergradient.direction(self.train, self.heldout, ITERATION)
+        influence, _ = hypergradient.influence(self.masked, direction)
         probability = self.network(self.masked.tokens).sigmoid()
         lr = self.pretrain.lr(ITERATION)
         loss = objectives.mask_loss(probability, self.masked.selection.mask, influence, lr)
@@ -131,7 +133,7 @@ class Problem:
         def loss(batch: Batch, weights: Named) -> Tensor:
             assert batch.labels is not None
             tokens = functional_call(module.encoder, inside, (batch.images.double(),))
-            logits = functional_call(head, weights, (pool_features(tokens, self.mask.pool),))
+            logits = functional_call(head, weights, (pool_features(tokens, self.config.model.pool),))
             return objectives.head_loss(logits, batch.labels)
 
         if self.config.levels == 3:
@@ -177,9 +179,9 @@ def build_problem(steps: int, **changes: Any) -> Problem:
     lower, middle, upper = _levels_of(config, module, head, network)
     streams = [TensorStream(seed) for seed in (1, 2, 3)]
     for _ in range(steps):
-        masked, _ = lower.step(streams[0].next(), ITERATION)
+        masked, _ = lower.step(streams[0].next(), ITERATION, record=True)
         train, heldout = streams[1].next(), streams[2].next()
-        direction = upper.direction(train, heldout, ITERATION)
+        direction = upper.hypergradient.direction(train, heldout, ITERATION)
         assert train.labels is not None
         middle.step(direction.train_features, train.labels, ITERATION)
         upper.step(masked, direction, ITERATION)
@@ -193,7 +195,7 @@ def _levels_of(
     policy = MaskPolicy(config.masking, config.model.grid, config.num_keep, seed=0)
     unused: Any = None  # the tests hand batches to the levels themselves
     lower = PretrainLevel(TorchEngine(module, config.pretrain), unused, config, policy, network)
-    middle = HeadLevel(TorchEngine(head, config.head), unused, config.head, config)
+    middle = HeadLevel(TorchEngine(head, config.head), unused, config)
     upper = MaskLevel(TorchEngine(network, config.mask), unused, config, lower, middle)
     return lower, middle, upper
 

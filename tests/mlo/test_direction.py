@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mlomae.mlo.direction import Direction, HeadProblem, Weights, encoder_direction, feature_cotangents
+from mlomae.mlo.best_response import HeadProblem, Weights, feature_cotangents
+from mlomae.mlo.direction import Direction, encoder_direction
+from mlomae.mlo.space import TensorSpace
 
 F64 = torch.float64
 CLASSES, WIDTH, BATCH = 3, 5, 8
 LR = 0.7
+DAMPING = 0.05
 Labelled = tuple[Tensor, Tensor]
 
 
@@ -51,7 +54,12 @@ def _direction(
     batches: tuple[Labelled, Labelled],
     average: Callable[[list[Tensor]], list[Tensor]] = _alone,
 ) -> Direction:
-    return encoder_direction(encoder, list(encoder.parameters()), head, *batches, average)
+    space = TensorSpace(dict(encoder.named_parameters()), "", average)
+    return encoder_direction(encoder, space, head, *batches, average)
+
+
+def _problem(weights: Weights, response: str, lr: float = LR) -> HeadProblem:
+    return HeadProblem(_head_loss, weights, response, lr, DAMPING)
 
 
 def _look_ahead(weights: Weights, features: Tensor, labels: Tensor) -> Weights:
@@ -66,7 +74,7 @@ def test_two_level_direction_is_the_heldout_gradient(
     encoder: nn.Module, weights: Weights, batches: tuple[Labelled, Labelled]
 ) -> None:
     train, heldout = batches
-    found = _direction(encoder, HeadProblem(_head_loss, weights, LR, 2), batches)
+    found = _direction(encoder, _problem(weights, "frozen"), batches)
     loss = _head_loss(weights, encoder(heldout[0]), heldout[1])
     torch.testing.assert_close(found.values, list(torch.autograd.grad(loss, list(encoder.parameters()))))
     torch.testing.assert_close(found.heldout_loss, loss.detach())
@@ -78,7 +86,7 @@ def test_three_level_direction_is_the_sum_of_both_paths(
 ) -> None:
     (train_x, train_y), (heldout_x, heldout_y) = batches
     parameters = list(encoder.parameters())
-    found = _direction(encoder, HeadProblem(_head_loss, weights, LR, 3), batches)
+    found = _direction(encoder, _problem(weights, "one-step"), batches)
 
     def path(train_features: Tensor, heldout_features: Tensor) -> list[Tensor]:
         ahead = _look_ahead(weights, train_features, train_y)
@@ -105,7 +113,7 @@ def test_cotangents_of_a_scalar_head_have_the_closed_form() -> None:
     def scalar(value: float) -> Tensor:
         return torch.full((1, 1), value, dtype=F64)
 
-    head = HeadProblem(loss, {"w": scalar(w)}, LR, 3)
+    head = HeadProblem(loss, {"w": scalar(w)}, "one-step", LR, DAMPING)
     found = feature_cotangents(head, (scalar(f_t), scalar(y_t)), (scalar(f_h), scalar(y_h)), _alone)
     ahead = w - LR * (w * f_t - y_t) * f_t
     residual = ahead * f_h - y_h
@@ -118,7 +126,9 @@ def test_cotangents_of_a_scalar_head_have_the_closed_form() -> None:
 def test_without_a_step_of_the_head_both_levels_agree(
     encoder: nn.Module, weights: Weights, batches: tuple[Labelled, Labelled]
 ) -> None:
-    two, three = (_direction(encoder, HeadProblem(_head_loss, weights, 0.0, n), batches) for n in (2, 3))
+    two, three = (
+        _direction(encoder, _problem(weights, response, 0.0), batches) for response in ("frozen", "one-step")
+    )
     torch.testing.assert_close(two.values, three.values)
 
 
@@ -126,10 +136,42 @@ def test_direction_changes_no_gradient_and_no_weight(
     encoder: nn.Module, weights: Weights, batches: tuple[Labelled, Labelled]
 ) -> None:
     kept = {name: weight.clone() for name, weight in weights.items()}
-    _direction(encoder, HeadProblem(_head_loss, weights, LR, 3), batches)
+    _direction(encoder, _problem(weights, "one-step"), batches)
     assert all(p.grad is None for p in encoder.parameters())
     assert all(torch.equal(weights[name], kept[name]) for name in kept)
     assert not any(weight.requires_grad for weight in weights.values())
+
+
+def _optimum(weights: Weights, features: Tensor, labels: Tensor) -> Weights:
+    """The proximal optimum by plain gradient descent, differentiable in the features."""
+    ahead = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    for _ in range(3000):
+        away = sum((ahead[name] - weights[name]).square().sum() for name in weights)
+        loss = _head_loss(ahead, features, labels) + DAMPING / 2 * away
+        grads = torch.autograd.grad(loss, list(ahead.values()), create_graph=True)
+        ahead = {name: w - 0.5 * g for (name, w), g in zip(ahead.items(), grads, strict=True)}
+    assert max(g.abs().max() for g in grads) < 1e-10
+    return ahead
+
+
+def test_implicit_response_is_that_of_a_head_trained_to_optimality(
+    weights: Weights, batches: tuple[Labelled, Labelled]
+) -> None:
+    features = [torch.randn(BATCH, WIDTH, dtype=F64).requires_grad_() for _ in batches]
+    labels = [y for _, y in batches]
+    ahead = _optimum(weights, features[0], labels[0])
+    expected_loss = _head_loss(ahead, features[1], labels[1])
+    expected = torch.autograd.grad(expected_loss, features)
+
+    found = feature_cotangents(
+        _problem(weights, "implicit"), (features[0], labels[0]), (features[1], labels[1]), _alone
+    )
+
+    assert found.train is not None
+    torch.testing.assert_close(found.loss, expected_loss.detach())
+    # Measured 8e-8: where conjugate gradients stop.
+    torch.testing.assert_close([found.train, found.heldout], list(expected), rtol=1e-5, atol=1e-6)
+    assert expected[0].abs().max() > 1e-3
 
 
 class _TwoRanks:
@@ -151,11 +193,11 @@ class _TwoRanks:
         return average
 
 
-@pytest.mark.parametrize("levels", [2, 3])
+@pytest.mark.parametrize("response", ["frozen", "one-step", "implicit"])
 def test_two_ranks_with_half_batches_equal_one_rank(
-    encoder: nn.Module, weights: Weights, batches: tuple[Labelled, Labelled], levels: int
+    encoder: nn.Module, weights: Weights, batches: tuple[Labelled, Labelled], response: str
 ) -> None:
-    head = HeadProblem(_head_loss, weights, LR, levels)
+    head = _problem(weights, response)
     whole = _direction(encoder, head, batches)
     ranks = _TwoRanks()
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mlomae import objectives
-from mlomae.levels import full_precision, parameters_of
-from mlomae.mlo.perturb import perturbation
+from mlomae.hypergradient import ieee_float32
+from mlomae.levels import parameters_of
+from mlomae.mlo.space import perturbation
 from tests.mlo.problem import ITERATION, Named, Problem, TensorStream, detached, flat, relative_error
 
 
@@ -31,17 +32,20 @@ def test_no_gradient_reaches_the_autoencoder_through_the_masking_network(fresh: 
     # The comparison can tell the difference.
     assert relative_error(_pretrain_gradient(fresh, attached=True), expected.double()) > 1e-3
     batch = TensorStream(1).next()
+    seen: list[Tensor] = []
+    fresh.pretrain.engine.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad for p in parameters_of(fresh.autoencoder))
+    )
     masked, metrics = fresh.pretrain.step(batch, ITERATION)
     torch.testing.assert_close(masked.images, fresh.masked.images)
-    found = flat([p.grad for p in parameters_of(fresh.autoencoder) if p.grad is not None])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(flat(seen), expected)
     assert all(p.grad is None for p in parameters_of(fresh.network))
     assert metrics["loss/pretrain"] < metrics["loss/reconstruction"]  # weights below 1
 
 
 @pytest.mark.parametrize("level", ["pretrain", "head", "mask"])
 def test_a_level_moves_its_own_weights_only(fresh: Problem, level: str) -> None:
-    direction = fresh.mask.direction(fresh.train, fresh.heldout, ITERATION)
+    direction = fresh.mask.hypergradient.direction(fresh.train, fresh.heldout, ITERATION)
     modules = {"pretrain": fresh.autoencoder, "head": fresh.head.engine.module, "mask": fresh.network}
     before = {name: flat(parameters_of(module)).clone() for name, module in modules.items()}
     assert fresh.train.labels is not None
@@ -91,12 +95,13 @@ def test_the_prediction_holds_for_a_large_pretrain_step(initial: Problem) -> Non
     problem = initial.converted(torch.float64, pretrain={"lr": 0.1}, hypergradient={"radius": 1e-6})
     phi = detached(problem.network)
     moved = _pretrain_step(problem, phi)
-    weights = parameters_of(problem.autoencoder)
-    difference = [after - before for after, before in zip(moved.values(), weights, strict=True)]
-    with perturbation(weights, difference) as move:
+    space = problem.mask.hypergradient.space
+    before = space.values()
+    difference = [after - b for after, b in zip(moved.values(), before, strict=True)]
+    with perturbation(space, [b.clone() for b in before], difference) as move:
         move(torch.ones((), dtype=torch.float64))
-        direction = problem.mask.direction(problem.train, problem.heldout, ITERATION)
-    influence, _ = problem.mask.influence(problem.masked, direction)
+        direction = problem.mask.hypergradient.direction(problem.train, problem.heldout, ITERATION)
+    influence, _ = problem.mask.hypergradient.influence(problem.masked, direction)
     p = problem.network(problem.masked.tokens).sigmoid()
     lr = problem.pretrain.lr(ITERATION)
     loss = objectives.mask_loss(p, problem.masked.selection.mask, influence, lr)
@@ -136,7 +141,7 @@ def test_the_finite_difference_runs_without_tf32_and_leaves_the_settings_alone()
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
 
-    with pytest.raises(KeyError), full_precision():
+    with pytest.raises(KeyError), ieee_float32():
         assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
         raise KeyError
 

@@ -1,0 +1,128 @@
+"""What an outer iteration costs in our trainer, in betty-ml, and beside plain MAE steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from benchmarks.environment import ROOT
+from benchmarks.peers.problem import SIZES
+from benchmarks.report import Bar, Report, Row
+
+PACKAGES = ROOT / ".venv-peers"
+INSTALL = (
+    "pip install --no-deps --ignore-requires-python --target .venv-peers -r benchmarks/peers/requirements.txt"
+)
+# Name in the tables → module and its arguments. In this order within a round.
+PEERS: dict[str, tuple[str, ...]] = {
+    "ours, full": ("ours_peer", "--variant", "full"),
+    "betty": ("betty_peer",),
+    "ours, default": ("ours_peer", "--variant", "default"),
+    "ours, plain MAE": ("ours_peer", "--variant", "plain"),
+    "transformers, plain MAE": ("vitmae_peer",),
+}
+MULTILEVEL = ("ours, full", "ours, default", "betty")
+
+MIN_SPEED_UP = {"ours, full": 1.5, "ours, default": 2.4}
+MAX_PEAK = 0.65
+MAX_OVER_PLAIN = {"ours, full": 3.4, "ours, default": 2.0}
+_TIMEOUT_S = 3600
+
+Found = dict[str, Any]
+"""A ``Measurement`` as read from a process."""
+
+
+def _run(peer: str, size: str, *options: str) -> Found:
+    module, *arguments = PEERS[peer]
+    command = [sys.executable, "-m", f"benchmarks.peers.{module}", *arguments, "--size", size, *options]
+    # The folder of peers is on the path of these processes only, and no GPU is visible.
+    path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
+    settings = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command[1:])} exited with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _row(peer: str, runs: Sequence[Found], batch: int) -> Row:
+    flops = runs[0]["flops"]
+    package = [f"{name} {version}" for name, version in runs[0]["versions"].items() if name != "torch"]
+    return {
+        "per outer iteration": peer,
+        "wall, s": _wall(runs),
+        "CPU, s": statistics.median(seconds for run in runs for seconds in run["cpu"]),
+        "GFLOP": flops / 1e9,
+        "GFLOP/sample": flops / 1e9 / batch,
+        "peak, MiB": _peak(runs) / 2**20,
+        "package": ", ".join(package) or None,
+    }
+
+
+def _wall(runs: Sequence[Found]) -> float:
+    return statistics.median(seconds for run in runs for seconds in run["wall"])
+
+
+def _peak(runs: Sequence[Found]) -> float:
+    return statistics.median(run["peak"] for run in runs)
+
+
+def _ratio(above: Sequence[Found], below: Sequence[Found]) -> float:
+    """Median over the rounds of the ratio of wall times, both of one round."""
+    return statistics.median(_wall([a]) / _wall([b]) for a, b in zip(above, below, strict=True))
+
+
+def _bars(found: dict[str, list[Found]]) -> list[Bar]:
+    betty, plain = found["betty"], found["ours, plain MAE"]
+    full = found["ours, full"]
+    return [
+        *(
+            Bar(f"wall, betty / {peer}", _ratio(betty, found[peer]), ">=", bound)
+            for peer, bound in MIN_SPEED_UP.items()
+        ),
+        Bar("peak memory, ours, full / betty", _peak(full) / _peak(betty), "<=", MAX_PEAK),
+        *(
+            Bar(f"wall, {peer} / as many plain MAE steps", _ratio(found[peer], plain), "<=", bound)
+            for peer, bound in MAX_OVER_PLAIN.items()
+        ),
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_peers(size: str, report: Report, request: pytest.FixtureRequest) -> None:
+    if not (PACKAGES / "betty").is_dir() or not (PACKAGES / "transformers").is_dir():
+        pytest.skip(f"betty-ml and transformers are not installed; {INSTALL}")
+    smoke = request.config.getoption("iterations")
+    chosen = SIZES[size]
+    processes, rounds = (chosen.processes, chosen.rounds) if smoke is None else (1, smoke)
+    found: dict[str, list[Found]] = {peer: [] for peer in PEERS}
+    for process in range(processes):
+        # In turn, so that a change in the machine's load meets all of them.
+        for peer, runs in found.items():
+            counted = () if process else ("--flops",)
+            runs.append(_run(peer, size, "--rounds", str(rounds), *counted))
+
+    unmoved = [peer for peer in MULTILEVEL for run in found[peer] if not run["mask_moved"]]
+    assert not unmoved, f"the masking network did not learn: {unmoved}"
+    plain = found["ours, plain MAE"]
+    report.table(
+        f"{size}: {_describe(size)}, {processes} processes of {rounds} rounds each, medians",
+        [
+            {**_row(peer, runs, chosen.batch), "x plain MAE": _ratio(runs, plain)}
+            for peer, runs in found.items()
+        ],
+    )
+    if smoke is None:
+        report.check(*_bars(found))
+
+
+def _describe(size: str) -> str:
+    chosen = SIZES[size]
+    arch, patch = chosen.overrides["model.arch"], chosen.overrides["model.patch_size"]
+    return f"{arch}, 32x32, patch {patch}, batch {chosen.batch}, token masking network, on the CPU"

@@ -1,0 +1,57 @@
+"""Plain MAE steps of ``ViTMAEForPreTraining`` in transformers: a second yardstick beside our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from benchmarks.peers.measure import Peer, main
+from benchmarks.peers.problem import ReadAhead
+from mlomae.config import Config
+from mlomae.data.loader import LevelLoaders
+from mlomae.distributed.engine import build_adamw
+from mlomae.models.encoder import SIZES
+
+
+def build(config: Config, folder: Path, iterations: int) -> Peer:
+    """One outer iteration is as many plain steps as the other peers take on their lowest level."""
+    steps = config.pretrain.unroll_steps
+    stream = ReadAhead(LevelLoaders(config).pretrain, steps * iterations)
+    torch.manual_seed(config.seed)
+    model = ViTMAEForPreTraining(_translate(config)).train()
+    optimizer = build_adamw(model, config.pretrain)
+
+    def iterate(number: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            model(pixel_values=stream.next().images).loss.backward()
+            optimizer.step()
+
+    return Peer(iterate)
+
+
+def _translate(config: Config) -> ViTMAEConfig:
+    model = config.model
+    width, depth, heads = SIZES[model.arch]
+    return ViTMAEConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        decoder_hidden_size=model.decoder_dim,
+        decoder_num_hidden_layers=model.decoder_depth,
+        decoder_num_attention_heads=model.decoder_heads,
+        decoder_intermediate_size=4 * model.decoder_dim,
+        image_size=model.size[0],
+        patch_size=model.patch_size,
+        num_channels=model.in_chans,
+        mask_ratio=config.masking.ratio,
+        norm_pix_loss=model.norm_pix,
+        layer_norm_eps=1e-6,
+    )
+
+
+if __name__ == "__main__":
+    main("vitmae", build, packages=("transformers",))

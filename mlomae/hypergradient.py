@@ -1,0 +1,264 @@
+"""The hypergradient of a run: the configured direction and influence around the pretrain and head levels.
+
+    d L_val / d phi = -lr * sum_bi (m_bi / M) * (D_v l_bi) * d p_bi / d phi
+
+v is taken at the weights after the last pretrain step, the influence D_v l at those before it: that is
+the derivative of L_val(theta - lr * u(grad L_pre(theta, phi))), see docs/hypergradient.md (Guo et al. 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from mlomae.config import Config
+from mlomae.data.loader import Batch
+from mlomae.distributed import collectives
+from mlomae.distributed.engine import Engine
+from mlomae.distributed.recorder import StepRecord
+from mlomae.errors import UserError
+from mlomae.mlo.best_response import HeadProblem
+from mlomae.mlo.direction import Direction, encoder_direction
+from mlomae.mlo.estimators import ESTIMATORS, TRUNCATION_ORDER
+from mlomae.mlo.influence import PatchErrors, step_length
+from mlomae.mlo.radius import Radius
+from mlomae.models.attention import using_attention
+from mlomae.models.encoder import pool_features
+from mlomae.models.mae import MaskedAutoencoder
+from mlomae.models.selection import PatchSelection
+
+Metrics = dict[str, Tensor]
+"""Scalars by name, 0-dim tensors on the device."""
+
+# Where an automatic radius starts, by estimator and whether the passes are in full float32.
+START_RADIUS = {
+    ("fd", True): 1e-4,
+    ("fd-forward", True): 3e-5,
+    ("fd", False): 3e-3,
+    ("fd-forward", False): 3e-3,
+}
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """One pretrain batch and its mask: at which the mask level differentiates the pretrain step.
+
+    Attributes:
+        images: [B, C, H, W].
+        selection: the patches kept.
+        tokens: [B, L, D] input of the masking network, frozen; None for policies that do not learn.
+        scores: [B, L] of the masking network, constant; None for policies that do not learn.
+        errors: [B, L] of the pretrain step, constant; None before it and under another precision.
+        step: that step; None before it and for policies that do not learn.
+    """
+
+    images: Tensor
+    selection: PatchSelection
+    tokens: Tensor | None
+    scores: Tensor | None
+    errors: Tensor | None = None
+    step: StepRecord | None = None
+
+    def first(self, share: float) -> MaskedBatch:
+        """The first images, rounded up; batches are shuffled, so that they are a fair sample."""
+        count = math.ceil(share * len(self.images))
+        if count == len(self.images):
+            return self
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:count]
+
+        selection = self.selection
+        selection = PatchSelection(
+            selection.ids_keep[:count], selection.ids_restore[:count], selection.mask[:count]
+        )
+        return replace(
+            self,
+            images=self.images[:count],
+            selection=selection,
+            tokens=cut(self.tokens),
+            scores=cut(self.scores),
+            errors=cut(self.errors),
+        )
+
+
+class Hypergradient:
+    """Computes v and the influence; holds the radius, the only state.
+
+    Args:
+        config: of the run.
+        engine: of the pretrain level.
+        head: the head level as a problem, at an outer iteration.
+
+    Raises:
+        UserError: the estimator cannot work with this engine.
+    """
+
+    def __init__(self, config: Config, engine: Engine, head: Callable[[int], HeadProblem]) -> None:
+        self.config = config.hypergradient
+        self.engine = engine
+        self.pool = config.model.pool
+        self.space = engine.weight_space("encoder.")
+        self._head = head
+        with engine.autocast():
+            self.autocast = torch.is_autocast_enabled(self._device_type)
+        self.estimator, self.full_precision = self._choose()
+        self.radius = self._start_radius()
+        self.taken = 0
+
+    @property
+    def autoencoder(self) -> MaskedAutoencoder:
+        assert isinstance(self.engine.module, MaskedAutoencoder)
+        return self.engine.module
+
+    @property
+    def _device_type(self) -> str:
+        return next(self.engine.module.parameters()).device.type
+
+    def due(self, iteration: int) -> bool:
+        """Whether this outer iteration takes a hypergradient."""
+        return iteration % self.config.every == 0
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, F] pooled features of whole images, differentiable, in the engine's precision."""
+        with self.engine.autocast():
+            tokens = self.autoencoder.encoder(images)
+        # The head's own derivatives are taken outside autocast: they are exact and cost nothing.
+        return pool_features(tokens, self.pool).to(images.dtype)
+
+    def direction(self, train: Batch, heldout: Batch, iteration: int) -> Direction:
+        """v: how the held-out loss changes with the encoder's weights."""
+        assert train.labels is not None and heldout.labels is not None
+        return encoder_direction(
+            self.features,
+            self.space,
+            self._head(iteration),
+            (train.images, train.labels),
+            (heldout.images, heldout.labels),
+            collectives.average,
+        )
+
+    def influence(self, masked: MaskedBatch, direction: Direction) -> tuple[Tensor, Metrics]:
+        """Derivative of each patch's error [B, L] along v, preconditioned where asked for."""
+        v = direction.values
+        if self.config.precondition == "adam" and masked.step is not None:
+            assert masked.step.slope is not None
+            v = [a * b for a, b in zip(v, masked.step.slope, strict=True)]
+        errors = self._patch_errors(masked)
+        estimate = ESTIMATORS[self.estimator]
+        checked = bool(self.config.check_every) and self.taken % self.config.check_every == 0
+        self.taken += 1
+
+        def at(radius: float) -> Tensor:
+            return estimate(errors, v, step_length(errors, v, radius)[0])
+
+        metrics: Metrics = {}
+        if self.estimator in TRUNCATION_ORDER and checked:
+            values = self.radius.check(at, lambda difference: _size(difference, masked.selection.mask))
+            if self.radius.error is not None:
+                metrics["hypergradient/estimated_error"] = _scalar(self.radius.error, values)
+        else:
+            values = at(self.radius.value)
+        if self.estimator in TRUNCATION_ORDER:
+            metrics["hypergradient/radius"] = _scalar(self.radius.value, values)
+        return values, {"hypergradient/direction_norm": step_length(errors, v, 1.0)[1], **metrics}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The radius and how many hypergradients were taken."""
+        return {"radius": self.radius.value, "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.radius.value, self.taken = state["radius"], state["taken"]
+
+    def _choose(self) -> tuple[str, bool]:
+        """The estimator, and whether it runs in full float32 whatever the engine's precision."""
+        name, precision = self.config.estimator, self.config.precision
+        if name == "auto":
+            name = "jvp" if self.autocast and self.space.has_whole_vectors else "fd"
+        if precision == "auto":
+            precision = "float32" if name in ("fd", "exact") else "engine"
+        where = f"hypergradient.estimator: {name}"
+        if name in ("jvp", "exact") and not self.space.has_whole_vectors:
+            raise UserError(f"{where} needs whole weights on every rank, which ZeRO 3 does not keep; use fd")
+        if name == "fd-forward" and precision == "float32" and self.autocast:
+            raise UserError(
+                f"{where} reuses the errors of the pretrain step, which runs under autocast; "
+                "set hypergradient.precision to engine, or use fd"
+            )
+        return name, precision == "float32"
+
+    def _start_radius(self) -> Radius:
+        given, name = self.config.radius, self.estimator
+        order = TRUNCATION_ORDER.get(name, 2)
+        if not isinstance(given, str):
+            return Radius(given, order, adaptive=False)
+        start = START_RADIUS.get((name, self.full_precision or not self.autocast), 1e-4)
+        return Radius(start, order, adaptive=True)
+
+    def _patch_errors(self, masked: MaskedBatch) -> PatchErrors:
+        autoencoder = self.autoencoder
+
+        def evaluate() -> Tensor:
+            with self._precision():
+                return autoencoder(masked.images, masked.selection)
+
+        def function(weights: Mapping[str, Tensor]) -> Tensor:
+            # Fused attention has neither a forward mode nor a second derivative.
+            with self._precision(), using_attention(autoencoder, "reference"):
+                return functional_call(autoencoder, dict(weights), (masked.images, masked.selection))
+
+        point = None if masked.step is None else masked.step.point
+        return PatchErrors(self.space, point, masked.errors, evaluate, function)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """A fresh context: autocast would reuse the weights that it cast in the last one."""
+        if not self.full_precision:
+            with self.engine.autocast():
+                yield
+            return
+        # A caller's autocast, such as DeepSpeed's, must not reach in.
+        off = torch.autocast(self._device_type, enabled=False) if self.autocast else nullcontext()
+        with off, ieee_float32():
+            yield
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Float32 products without TF32, whose rounding would drown a finite difference.
+
+    cuDNN's convolutions, and with them the patch projection, use TF32 unless told otherwise.
+    """
+    # torch.backends.cudnn replaces itself by an object that has more attributes than the module.
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+def _size(difference: Tensor, mask: Tensor) -> float:
+    """Norm of an influence over all ranks as the masking network feels it.
+
+    Its scores are centred, so that what all removed patches of an image share moves nothing.
+    """
+    removed = mask.to(difference.dtype)
+    mean = (difference * removed).sum(1, keepdim=True) / removed.sum(1, keepdim=True)
+    square = ((difference - mean) * removed).double().square().sum()
+    (mean_square,) = collectives.average([square])
+    return math.sqrt(float(mean_square))
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=like.device)

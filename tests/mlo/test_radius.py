@@ -1,0 +1,80 @@
+"""The radius finds its best value, and knows its error, on differences whose errors are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlomae.mlo.radius import LARGEST, SMALLEST, Radius
+
+N = 4000
+EXACT = torch.linspace(1, 2, N, dtype=torch.float64)
+
+
+def difference(order: int, truncation: float, rounding: float) -> Callable[[float], Tensor]:
+    """A difference with ``truncation * r^order`` and ``rounding / r`` relative error, the latter random."""
+    generator = torch.Generator().manual_seed(0)
+    curvature = torch.randn(N, generator=generator, dtype=torch.float64)
+
+    def at(radius: float) -> Tensor:
+        noise = torch.randn(N, generator=generator, dtype=torch.float64)
+        size = EXACT.square().mean().sqrt()
+        return EXACT + size * (truncation * radius**order * curvature + rounding / radius * noise)
+
+    return at
+
+
+def norm(vector: Tensor) -> float:
+    return float(vector.norm())
+
+
+def true_error(values: Tensor) -> float:
+    return norm(values - EXACT) / norm(EXACT)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("start", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize(("truncation", "rounding"), [(1e4, 1e-9), (1.0, 1e-6), (1e2, 1e-5)])
+def test_adaptive_radius_comes_near_the_least_error(
+    order: int, start: float, truncation: float, rounding: float
+) -> None:
+    at = difference(order, truncation, rounding)
+    best = (rounding / truncation / math.sqrt(order)) ** (1 / (order + 1))
+    best = min(max(best, SMALLEST), LARGEST)
+    radius = Radius(start, order, adaptive=True)
+    values = radius.check(at, norm)
+    assert radius.error is not None
+    # Around the optimum the error is flat: within 2.5 times the radius, it is at most 3 times the least.
+    assert best / 2.5 <= radius.value <= best * 2.5
+    assert true_error(values) <= 3 * true_error(at(best))
+    assert radius.error == pytest.approx(true_error(values), rel=0.5)
+
+
+@pytest.mark.parametrize("radius", [1e-6, 1e-4, 1e-2])
+def test_fixed_radius_stays_and_its_error_is_estimated(radius: float) -> None:
+    at = difference(2, 1e2, 1e-6)
+    fixed = Radius(radius, 2, adaptive=False)
+    values = fixed.check(at, norm)
+    assert fixed.value == radius
+    assert fixed.error == pytest.approx(true_error(values), rel=0.5)
+
+
+def test_radius_stays_within_its_limits() -> None:
+    only_rounding, only_truncation = difference(2, 0.0, 1e-9), difference(2, 1e12, 0.0)
+    wide, narrow = Radius(1e-2, 2, adaptive=True), Radius(1e-6, 2, adaptive=True)
+    wide.check(only_rounding, norm)
+    narrow.check(only_truncation, norm)
+    # Within the factor that is left alone.
+    assert LARGEST / 2 <= wide.value <= LARGEST
+    assert SMALLEST <= narrow.value <= 2 * SMALLEST
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_without_a_difference_nothing_moves(value: float) -> None:
+    radius = Radius(1e-4, 2, adaptive=True)
+    radius.check(lambda _: torch.full((3,), value), norm)
+    assert radius.value == 1e-4 and radius.error is None
