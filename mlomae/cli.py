@@ -1,9 +1,10 @@
-"""The command line: ``mlomae train --config FILE --section.field value …``."""
+"""The command line: ``mlomae train --config FILE --section.field value …`` and ``mlomae hypergrad-check``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -31,8 +32,11 @@ Running the same command again resumes an unfinished run. Every field below is a
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return _train(sys.argv[1:] if argv is None else argv)
+        if words and words[0] == "hypergrad-check":
+            return _check_hypergradient(words[1:])
+        return _train(words)
     except UserError as error:
         print(f"mlomae: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -58,6 +62,31 @@ def _train(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def _check_hypergradient(argv: Sequence[str]) -> int:
+    known, rest = _check_parser().parse_known_args(argv)
+    if (known.run is None) == (known.config is None):
+        raise UserError("hypergrad-check: give a run directory or --config FILE; see hypergrad-check --help")
+    path = known.config if known.run is None else known.run / "config.yaml"
+    config = load_config(path, _overrides(rest))
+    from mlomae.hypergrad_check import check, rows
+    from mlomae.hypergrad_view import draw, show
+    from mlomae.run_dir import RunDir, to_json
+
+    with tempfile.TemporaryDirectory() as empty:
+        # A recipe starts at its beginning, whatever its own run directory holds.
+        run_dir = RunDir(Path(empty) if known.run is None else known.run, config)
+        result = check(config, run_dir, known.images, known.bf16)
+    if known.json:
+        print(to_json(rows(result), indent=2))
+    else:
+        show(result)
+    plot = known.plot or (None if known.json else (known.run or Path()) / "hypergradient.png")
+    if plot is not None:
+        draw(result, plot)
+        print(f"plot: {plot}", file=sys.stderr if known.json else sys.stdout)
+    return EXIT_OK
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports misuse as one line, without the usage text."""
 
@@ -74,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=["train"], help="train: pretrain and evaluate one run")
+    parser.add_argument(
+        "command", choices=["train"], metavar="command",
+        help="train: pretrain and evaluate one run; hypergrad-check: see `mlomae hypergrad-check --help`",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(
         "--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE",
@@ -83,6 +115,33 @@ def _parser() -> argparse.ArgumentParser:
     # Passed by the deepspeed launcher; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
+
+
+def _check_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mlomae hypergrad-check",
+        description="Compares every estimator of the hypergradient with the exact one, at the last "
+        "checkpoint of a run or at the beginning of a recipe: cosine, relative error, time and memory. "
+        "Every field of the configuration is a flag, as in train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run directory")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML, instead of a run")
+    parser.add_argument("--images", type=_positive, metavar="N", help="per batch (default: 32 at most)")
+    parser.add_argument("--bf16", action="store_true", help="run the passes under bf16 autocast")
+    parser.add_argument("--json", action="store_true", help="print a list of estimates instead of the table")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE",
+        help="PNG of error against radius and price (default: hypergradient.png in RUN, or here; "
+        "with --json, none)",
+    )  # fmt: skip
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
+    return int(text)
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:

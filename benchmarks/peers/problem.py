@@ -56,7 +56,7 @@ SIZES = {
     "tiny": Size(
         {"model.arch": "vit_tiny", "model.patch_size": "4", "model.decoder_dim": "96",
          "model.decoder_depth": "2", "model.decoder_heads": "4"},
-        batch=32, processes=3, rounds=5, warm_up=4,
+        batch=32, processes=3, rounds=3, warm_up=4,
     ),
     # ViT-B on CIFAR's images: the size of the paper.
     "vit-b": Size(

@@ -88,17 +88,23 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class TorchEngine:
-    """Plain data parallelism in float32: replicated weights, gradients averaged after backward."""
+    """Plain data parallelism: replicated weights, gradients averaged after backward.
 
-    def __init__(self, module: nn.Module, config: LevelConfig) -> None:
+    Args:
+        mixed: run the passes under bf16 autocast; weights are float32 in any case.
+    """
+
+    def __init__(self, module: nn.Module, config: LevelConfig, mixed: bool = False) -> None:
         self.module = module
         self.optimizer = build_adamw(module, config)
         self.clip = config.clip
+        self.mixed = mixed
         self.grad_norm: Tensor | None = None
         self._parameters = [parameter for _, parameter in trainable(module)]
 
     def __call__(self, *inputs: Any) -> Tensor:
-        output: Tensor = self.module(*inputs)
+        with self.autocast():
+            output: Tensor = self.module(*inputs)
         return output
 
     def descend(self, loss: Tensor, lr: float) -> None:
@@ -125,7 +131,9 @@ class TorchEngine:
         return TensorSpace(dict(trainable(self.module)), prefix, collectives.average)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+        if not self.mixed:
+            return nullcontext()
+        return torch.autocast(self._parameters[0].device.type, torch.bfloat16)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}

@@ -64,11 +64,11 @@ class Problem:
     train: Batch
     heldout: Batch
 
-    def converted(self, dtype: torch.dtype, **changes: Any) -> Problem:
+    def converted(self, dtype: torch.dtype, mixed: bool = False, **changes: Any) -> Problem:
         """The same weights and batches in another precision; ``changes`` are sections of the recipe."""
         config = Config.model_validate(_merge(self.config.model_dump(), changes))
         modules = [copy.deepcopy(level.engine.module).to(dtype) for level in self._levels]
-        lower, middle, upper = _levels_of(config, *modules)
+        lower, middle, upper = _levels_of(config, *modules, mixed=mixed)
         assert self.masked.tokens is not None and self.masked.scores is not None
         masked = MaskedBatch(
             self.masked.images.to(dtype),
@@ -190,11 +190,11 @@ def build_problem(steps: int, **changes: Any) -> Problem:
 
 
 def _levels_of(
-    config: Config, module: nn.Module, head: nn.Module, network: Any
+    config: Config, module: nn.Module, head: nn.Module, network: Any, mixed: bool = False
 ) -> tuple[PretrainLevel, HeadLevel, MaskLevel]:
     policy = MaskPolicy(config.masking, config.model.grid, config.num_keep, seed=0)
     unused: Any = None  # the tests hand batches to the levels themselves
-    lower = PretrainLevel(TorchEngine(module, config.pretrain), unused, config, policy, network)
+    lower = PretrainLevel(TorchEngine(module, config.pretrain, mixed), unused, config, policy, network)
     middle = HeadLevel(TorchEngine(head, config.head), unused, config)
     upper = MaskLevel(TorchEngine(network, config.mask), unused, config, lower, middle)
     return lower, middle, upper

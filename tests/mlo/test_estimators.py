@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -50,35 +49,25 @@ def test_estimator_is_exact_enough(problem: Problem, name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, changed.weights(), strict=True))
 
 
-def test_default_under_bf16_autocast(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_under_bf16_autocast(problem: Problem) -> None:
     exact = problem.converted(torch.float32).exact
-    found = under_autocast(problem, monkeypatch)
+    found = problem.converted(torch.float32, mixed=True)
     assert found.mask.hypergradient.estimator == "jvp"
     cosine = cosine_similarity(found.hypergradient().double(), exact, dim=0)
     assert cosine > 0.99  # measured 0.997 and above
 
 
 @pytest.mark.parametrize("name", ["fd", "fd-forward"])
-def test_finite_differences_in_bf16_follow_their_error(
-    problem: Problem, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = under_autocast(problem, monkeypatch, estimator=name, precision="engine")
+def test_finite_differences_in_bf16_follow_their_error(problem: Problem, name: str) -> None:
+    found = problem.converted(
+        torch.float32, mixed=True, hypergradient={"estimator": name, "precision": "engine"}
+    )
     radius = found.mask.hypergradient.radius
     start = radius.value
     found.hypergradient()
     # bf16 drowns what float32 resolves: the error is known, and the radius far above float32's.
     assert radius.error is not None and radius.error > 1e-2
     assert radius.value >= start / 2 > 1e-3
-
-
-def under_autocast(problem: Problem, monkeypatch: pytest.MonkeyPatch, **settings: str) -> Problem:
-    """The problem in float32 with an engine that runs its passes in bf16."""
-
-    def autocast(_: object) -> AbstractContextManager[None]:
-        return torch.autocast("cpu", torch.bfloat16)
-
-    monkeypatch.setattr("mlomae.distributed.engine.TorchEngine.autocast", autocast)
-    return problem.converted(torch.float32, hypergradient=settings)
 
 
 def test_implicit_response_is_right_on_the_real_problem(initial: Problem) -> None:

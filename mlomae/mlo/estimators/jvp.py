@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.func import jvp
@@ -26,5 +28,8 @@ def forward_mode(errors: PatchErrors, direction: Vector, eps: Tensor) -> Tensor:
     def function(moved: dict[str, Tensor]) -> Tensor:
         return errors.function({**point, **moved})
 
-    derivative: Tensor = jvp(function, ({name: point[name] for name in names},), (tangents,))[1]
+    with warnings.catch_warnings():
+        # torch compiles some of its own forward-mode derivatives by a way that it has deprecated.
+        warnings.filterwarnings("ignore", message=".torch.jit", category=FutureWarning)
+        derivative: Tensor = jvp(function, ({name: point[name] for name in names},), (tangents,))[1]
     return derivative / eps

@@ -1,0 +1,227 @@
+"""``mlomae hypergrad-check``: every estimator against the exact hypergradient, on a real batch of a run."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from mlomae import objectives
+from mlomae.config import Config
+from mlomae.distributed.engine import TorchEngine, trainable
+from mlomae.distributed.env import join_world
+from mlomae.distributed.recorder import StepRecord
+from mlomae.errors import UserError
+from mlomae.hypergradient import Hypergradient, MaskedBatch
+from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel
+from mlomae.memory import peak_bytes
+from mlomae.mlo.direction import Direction
+from mlomae.mlo.estimators import ESTIMATORS, TRUNCATION_ORDER
+from mlomae.run_dir import RunDir
+from mlomae.trainer import Trainer
+
+REPEATS = 5
+RADII = [10.0 ** (-exponent / 2) for exponent in range(12, 1, -1)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One estimator on one batch.
+
+    Attributes:
+        estimator: its name.
+        cosine, relative_error: of the hypergradient to the exact one, which is computed in float64
+            throughout; direction and masking network included.
+        seconds: of the influence, median.
+        peak_bytes: memory of the influence beyond what was allocated before.
+    """
+
+    estimator: str
+    cosine: float
+    relative_error: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the command shows.
+
+    Attributes:
+        estimates: one per estimator.
+        chosen: name of the run's own estimator.
+        radii: radius that each finite difference chose for itself, by name.
+        curves: by name, (radius, relative error) of fixed radii.
+        direction_seconds: of v, which all estimators share.
+        images: in the batch.
+        iteration: of the checkpoint.
+        precision: of the passes.
+    """
+
+    estimates: list[Estimate]
+    chosen: str
+    radii: dict[str, float]
+    curves: dict[str, list[tuple[float, float]]]
+    direction_seconds: float
+    images: int
+    iteration: int
+    precision: str
+
+
+def check(config: Config, run_dir: RunDir, images: int | None, bf16: bool) -> Check:
+    """Measures every estimator at the last checkpoint of a run, or at the beginning of a new one.
+
+    Trains one outer iteration's pretrain steps in memory; nothing is written.
+
+    Args:
+        images: in each of the three batches; None for what the exact gradient can carry, at most 32.
+        bf16: run the passes under bf16 autocast.
+
+    Raises:
+        UserError: the policy does not learn, or the batch exceeds its set.
+    """
+    if not config.masking.learns:
+        raise UserError(f"masking.policy: {config.masking.policy} learns no mask, so it has no hypergradient")
+    batches = {level: getattr(config, level).batch_size for level in ("pretrain", "head", "mask")}
+    changed = {
+        level: getattr(config, level).model_copy(update={"batch_size": min(images or 32, size)})
+        for level, size in batches.items()
+    }
+    hypergradient = config.hypergradient.model_copy(update={"share": 1.0})
+    config = config.model_copy(update={**changed, "hypergradient": hypergradient})
+    trainer = Trainer(config, run_dir, join_world(config.device), None)
+    try:
+        trainer.resume()
+        return _Measured(trainer, bf16).check()
+    finally:
+        trainer.loaders.close()
+
+
+class _Measured:
+    """A trainer after its next pretrain steps, with the batches at which the gradient is taken."""
+
+    def __init__(self, trainer: Trainer, bf16: bool) -> None:
+        levels, device = trainer.levels, trainer.world.device
+        assert levels.mask is not None and levels.head is not None
+        self.config, self.device, self.iteration = trainer.config, device, trainer.iteration
+        self.pretrain, self.head, self.mask = levels.pretrain, levels.head, levels.mask
+        self.bf16 = bf16
+        assert isinstance(self.pretrain.engine, TorchEngine)
+        self.pretrain.engine.mixed = bf16
+        for _ in range(self.config.pretrain.unroll_steps - 1):
+            self._step(record=False)
+        self.masked = self._step(record=True)
+        self.train, self.heldout = self.head.next_batch(device), self.mask.next_batch(device)
+
+    def check(self) -> Check:
+        own = Hypergradient(self.config, self.pretrain.engine, self.head.problem)
+        started = time.perf_counter()
+        direction = own.direction(self.train, self.heldout, self.iteration)
+        direction_seconds = time.perf_counter() - started
+        exact = self._exact()
+        estimates, radii, curves = [], {}, {}
+        for name in ESTIMATORS:
+            hypergradient = self._configured(estimator=name)
+            estimates.append(self._measure(name, hypergradient, direction, exact))
+            if name in TRUNCATION_ORDER:
+                radii[name] = hypergradient.radius.value
+                curves[name] = [
+                    (radius, _relative_error(self._gradient(hypergradient, direction), exact))
+                    for radius in RADII
+                    for hypergradient in [self._configured(estimator=name, radius=radius, check_every=0)]
+                ]
+        precision = "bf16 autocast" if self.bf16 else "float32"
+        images = len(self.masked.images)
+        return Check(
+            estimates, own.estimator, radii, curves, direction_seconds, images, self.iteration, precision
+        )
+
+    def _step(self, record: bool) -> MaskedBatch:
+        batch = self.pretrain.next_batch(self.device)
+        return self.pretrain.step(batch, self.iteration, record)[0]
+
+    def _configured(self, **changes: Any) -> Hypergradient:
+        section = self.config.hypergradient.model_copy(update={"precision": "auto", **changes})
+        config = self.config.model_copy(update={"hypergradient": section})
+        return Hypergradient(config, self.pretrain.engine, self.head.problem)
+
+    def _measure(
+        self, name: str, hypergradient: Hypergradient, direction: Direction, exact: Tensor
+    ) -> Estimate:
+        # The first one also finds the radius.
+        gradient = self._gradient(hypergradient, direction)
+        hypergradient.taken = 1
+
+        def run() -> Tensor:
+            return hypergradient.influence(self.masked, direction)[0]
+
+        seconds = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - started)
+        cosine = float(cosine_similarity(gradient.double(), exact, dim=0))
+        error = _relative_error(gradient, exact)
+        peak = peak_bytes(run, self.device)
+        return Estimate(name, cosine, error, statistics.median(seconds), peak)
+
+    def _gradient(self, hypergradient: Hypergradient, direction: Direction) -> Tensor:
+        influence = hypergradient.influence(self.masked, direction)[0]
+        return mask_gradient(self.mask.engine.module, self.masked, influence)
+
+    def _exact(self) -> Tensor:
+        """Everything in float64: the direction, the double backward and the masking network."""
+        config = self.config
+        section = config.hypergradient.model_copy(update={"estimator": "exact", "precision": "auto"})
+        config = config.model_copy(update={"hypergradient": section})
+        modules = [
+            copy.deepcopy(level.engine.module).double() for level in (self.pretrain, self.head, self.mask)
+        ]
+        engine, head_engine, mask_engine = (TorchEngine(m, config.pretrain) for m in modules)
+        unused: Any = None
+        lower = PretrainLevel(engine, unused, config, self.pretrain.policy, None)
+        head = HeadLevel(head_engine, unused, config)
+        upper = MaskLevel(mask_engine, unused, config, lower, head)
+        masked = _double(self.masked)
+        train, heldout = (replace(b, images=b.images.double()) for b in (self.train, self.heldout))
+        direction = upper.hypergradient.direction(train, heldout, self.iteration)
+        return mask_gradient(modules[2], masked, upper.hypergradient.influence(masked, direction)[0])
+
+
+def mask_gradient(network: nn.Module, masked: MaskedBatch, influence: Tensor) -> Tensor:
+    """The hypergradient as one vector, divided by the learning rate of the pretrain level."""
+    probability = network(masked.tokens).sigmoid()
+    loss = objectives.mask_loss(probability, masked.selection.mask, influence, 1.0)
+    weights = [parameter for _, parameter in trainable(network)]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+
+def _double(masked: MaskedBatch) -> MaskedBatch:
+    assert masked.tokens is not None and masked.step is not None
+    slope = masked.step.slope
+    step = StepRecord(_wide(masked.step.point), None if slope is None else _wide(slope))
+    return replace(
+        masked, images=masked.images.double(), tokens=masked.tokens.double(), errors=None, step=step
+    )
+
+
+def _wide(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def _relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def rows(result: Check) -> list[dict[str, Any]]:
+    """The estimates as plain values, for ``--json``."""
+    return [asdict(estimate) for estimate in result.estimates]
