@@ -230,7 +230,7 @@ class HypergradientConfig(Section):
         "none", description="adam: v goes through the derivative of the pretrain level's AdamW step (SAMA)"
     )
     every: Positive = Field(
-        1, description="outer iterations per hypergradient; between them only the head steps"
+        4, description="outer iterations per hypergradient; between them only pretrain and head step"
     )
     share: float = Field(1.0, gt=0, le=1, description="share of the pretrain batch whose influence is taken")
 

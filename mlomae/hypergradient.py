@@ -30,20 +30,16 @@ from mlomae.mlo.estimators import ESTIMATORS, TRUNCATION_ORDER
 from mlomae.mlo.influence import PatchErrors, step_length
 from mlomae.mlo.radius import Radius
 from mlomae.models.attention import using_attention
-from mlomae.models.encoder import pool_features
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.selection import PatchSelection
 
 Metrics = dict[str, Tensor]
 """Scalars by name, 0-dim tensors on the device."""
 
-# Where an automatic radius starts, by estimator and whether the passes are in full float32.
-START_RADIUS = {
-    ("fd", True): 1e-4,
-    ("fd-forward", True): 3e-5,
-    ("fd", False): 3e-3,
-    ("fd-forward", False): 3e-3,
-}
+# Where an automatic radius starts: below the best one in every precision (``mlomae.mlo.radius``), and in
+# float32 good enough for a run that never checks.
+START_RADIUS = {"fd": 1e-4, "fd-forward": 1e-5}
+COARSE_START_RADIUS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -129,9 +125,9 @@ class Hypergradient:
     def features(self, images: Tensor) -> Tensor:
         """[B, F] pooled features of whole images, differentiable, in the engine's precision."""
         with self.engine.autocast():
-            tokens = self.autoencoder.encoder(images)
+            features = self.autoencoder.encoder(images, pool=self.pool)
         # The head's own derivatives are taken outside autocast: they are exact and cost nothing.
-        return pool_features(tokens, self.pool).to(images.dtype)
+        return features.to(images.dtype)
 
     def direction(self, train: Batch, heldout: Batch, iteration: int) -> Direction:
         """v: how the held-out loss changes with the encoder's weights."""
@@ -199,7 +195,8 @@ class Hypergradient:
         order = TRUNCATION_ORDER.get(name, 2)
         if not isinstance(given, str):
             return Radius(given, order, adaptive=False)
-        start = START_RADIUS.get((name, self.full_precision or not self.autocast), 1e-4)
+        coarse = self.autocast and not self.full_precision
+        start = COARSE_START_RADIUS if coarse else START_RADIUS.get(name, 1e-4)
         return Radius(start, order, adaptive=True)
 
     def _patch_errors(self, masked: MaskedBatch) -> PatchErrors:

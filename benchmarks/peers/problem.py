@@ -73,7 +73,7 @@ NETWORKS = {
 """Masking networks: the default one, and the paper's."""
 
 OURS: dict[str, dict[str, str]] = {
-    "full": {"levels": "3"},
+    "full": {"levels": "3", "hypergradient.every": "1"},
     "default": {},
     "plain": {"masking.policy": "random"},
 }

@@ -40,8 +40,8 @@ class PatchErrors:
     function: Callable[[Mapping[str, Tensor]], Tensor]
 
     def base(self) -> Vector:
-        """``point``, or a copy of the present weights."""
-        return [value.clone() for value in self.space.values()] if self.point is None else self.point
+        """``point``, or the present weights themselves."""
+        return self.space.values() if self.point is None else self.point
 
 
 Estimator = Callable[[PatchErrors, Vector, Tensor], Tensor]

@@ -6,7 +6,9 @@ rounding, which falls as 1 / r. Two more radii tell both apart: with t and s the
     |D(2r) - D(r)|²  =  (2^q - 1)² t + (1 + 1/4) s
     |D(r) - D(r/2)|² =  (1 - 2^-q)² t + (1 + 4) s
 
-The error is sqrt(t + s); at x r it is sqrt(t x^2q + s / x²), least at x = (s / (q t))^(1 / (2q + 2)).
+The error is sqrt(t + s), and least where s = q t. The search walks to there on a grid of powers of two, so
+that a move costs one new difference. It comes from below: far above the best radius a difference forgets
+the derivative, and what is left looks like rounding.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# One check moves the radius by no more than this factor: the model of the error holds nearby only.
-MAX_FACTOR = 8.0
 SMALLEST, LARGEST = 1e-7, 0.1
-# A radius within this factor of the best one is left alone: around it the error is flat.
-TOLERANCE = 2.0
-MAX_ROUNDS = 6
+MAX_MOVES = 20
+# An error above this one may be that of a radius far too large: the search begins again from below.
+DOUBTFUL = 0.2
+
+Difference = Callable[[float], Tensor]
+Norm = Callable[[Tensor], float]
 
 
 @dataclass
@@ -41,7 +44,10 @@ class Radius:
     adaptive: bool
     error: float | None = None
 
-    def check(self, at: Callable[[float], Tensor], norm: Callable[[Tensor], float]) -> Tensor:
+    def __post_init__(self) -> None:
+        self._start = self.value
+
+    def check(self, at: Difference, norm: Norm) -> Tensor:
         """Estimates the error against half and double the radius, and moves to a better one.
 
         Args:
@@ -51,31 +57,55 @@ class Radius:
         Returns:
             The difference at the radius that is left.
         """
-        for _ in range(MAX_ROUNDS):
+        known: dict[float, Tensor] = {}
+
+        def cached(radius: float) -> Tensor:
+            if radius not in known:
+                known[radius] = at(radius)
+            return known[radius]
+
+        self._search(cached, norm)
+        if self.adaptive and self.value > self._start and self.error is not None and self.error > DOUBTFUL:
+            self.value = self._start
+            self._search(cached, norm)
+        return cached(self.value)
+
+    def _search(self, at: Difference, norm: Norm) -> None:
+        errors: dict[float, float] = {}
+        for _ in range(MAX_MOVES):
             middle = at(self.value)
             size = norm(middle)
             if not (math.isfinite(size) and size > 0):
-                return middle
-            wide, narrow = norm(at(2 * self.value) - middle) / size, norm(middle - at(self.value / 2)) / size
-            truncation, rounding = self._split(wide**2, narrow**2)
-            self.error = math.sqrt(truncation + rounding)
-            best = self._best(truncation, rounding)
-            if not self.adaptive or 1 / TOLERANCE <= best / self.value <= TOLERANCE:
-                return middle
-            self.value = best
-        return at(self.value)
+                return
+            wide = norm(at(2 * self.value) - middle) / size
+            narrow = norm(middle - at(self.value / 2)) / size
+            errors[self.value] = self.error = math.sqrt(sum(self._split(wide**2, narrow**2)))
+            ahead = self.value * self._move(wide, narrow)
+            if not self.adaptive or not SMALLEST <= ahead <= LARGEST or ahead == self.value:
+                return
+            if ahead in errors:
+                # Between two points of the grid: take the better one.
+                self.value = min(self.value, ahead, key=errors.__getitem__)
+                self.error = errors[self.value]
+                return
+            self.value = ahead
+
+    def _move(self, wide: float, narrow: float) -> float:
+        """2, 1 or 1/2: towards where the ratio of the two differences is that of the least error."""
+        a, b = self._factors()
+        least = math.sqrt((b + 5 * self.order) / (a + 1.25 * self.order))
+        # Of pure rounding the ratio is 2, of pure truncation 2^-q: the borders lie half-way, on a log scale.
+        if narrow > wide * math.sqrt(least * 2):
+            return 2.0
+        return 0.5 if narrow < wide * math.sqrt(least * 2.0**-self.order) else 1.0
 
     def _split(self, wide: float, narrow: float) -> tuple[float, float]:
         """Squared truncation and rounding errors, from the squares of the two differences."""
-        a, b = (2.0**self.order - 1) ** 2, (1 - 2.0**-self.order) ** 2
+        a, b = self._factors()
         determinant = 5 * a - 1.25 * b
         return max(0.0, (5 * wide - 1.25 * narrow) / determinant), max(
             0.0, (a * narrow - b * wide) / determinant
         )
 
-    def _best(self, truncation: float, rounding: float) -> float:
-        power = 1 / (2 * self.order + 2)
-        smallest = MAX_FACTOR ** (-1 / power)
-        ratio = rounding / (self.order * truncation) if truncation else 1 / smallest
-        factor = min(max(ratio, smallest), 1 / smallest) ** power
-        return min(max(self.value * factor, SMALLEST), LARGEST)
+    def _factors(self) -> tuple[float, float]:
+        return (2.0**self.order - 1) ** 2, (1 - 2.0**-self.order) ** 2

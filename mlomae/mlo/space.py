@@ -98,17 +98,18 @@ class TensorSpace(WeightSpace):
 
 
 @contextmanager
-def perturbation(space: WeightSpace, point: Vector, direction: Vector) -> Iterator[Move]:
+def perturbation(space: WeightSpace, point: Vector | None, direction: Vector) -> Iterator[Move]:
     """Yields ``move(eps)``, which sets the weights to ``point + eps * v``.
 
-    On leaving, also by an exception, the values that the weights had on entry are copied back:
+    Without a point it is the present weights. On leaving, also by an exception, those are copied back:
     subtracting what was added would drift by rounding. ``eps`` is a 0-dim tensor, so that no host
     synchronisation is needed.
     """
     originals = [value.clone() for value in space.values()]
+    start = originals if point is None else point
 
     def move(eps: Tensor) -> None:
-        space.write(torch.addcmul(base, v, eps) for base, v in zip(point, direction, strict=True))
+        space.write(torch.addcmul(base, v, eps) for base, v in zip(start, direction, strict=True))
 
     try:
         yield move

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from timm.layers.attention import Attention
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 import mlomae_kernels
 
@@ -24,9 +25,24 @@ class PackedAttention(Attention):
         """[B, N, D] → [B, N, D]. An autoencoder that drops its patches has no use for timm's masks."""
         if attn_mask is not None or is_causal:
             raise ValueError("attention: attn_mask, is_causal: got a mask, expected none")
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        return self.proj(mlomae_kernels.attention(qkv, self.backend).flatten(2))
+        return self.attend(self.qkv(x))
+
+    def attend(self, qkv: Tensor, queries: int | None = None) -> Tensor:
+        """What follows the packed projection.
+
+        Args:
+            qkv: [B, N, 3 D].
+            queries: the first tokens, which attend to all; None for all.
+
+        Returns:
+            [B, queries or N, D].
+        """
+        packed = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
+        if queries is None:
+            return self.proj(mlomae_kernels.attention(packed, self.backend).flatten(2))
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q[:, :, :queries], k, v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def set_attention(module: nn.Module, backend: str) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from timm.layers.mlp import Mlp
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mlomae_kernels
 from mlomae.models.attention import PackedAttention
@@ -66,16 +68,17 @@ class ViTEncoder(VisionTransformer):
 
     # timm's second argument is an attention mask; ours is the list of kept patches.
     def forward(  # type: ignore[override]
-        self, images: Tensor, ids_keep: Tensor | None = None
+        self, images: Tensor, ids_keep: Tensor | None = None, pool: str | None = None
     ) -> Tensor:
         """Encodes the kept patches, or all of them.
 
         Args:
             images: [B, C, H, W].
             ids_keep: [B, K] indices of the kept patches; None keeps all in order.
+            pool: what is made of the tokens, see ``pool_features``; None for the tokens themselves.
 
         Returns:
-            [B, 1 + K, D] normalised tokens, CLS first.
+            [B, 1 + K, D] normalised tokens, CLS first; with ``pool`` [B, F] features.
         """
         tokens = self.patch_embed(images)
         if ids_keep is None:
@@ -83,7 +86,45 @@ class ViTEncoder(VisionTransformer):
         else:
             cls_token = self.cls_token + self.pos_embed[:, :1]
             x = mlomae_kernels.patch_gather(tokens, self.pos_embed[:, 1:], ids_keep, cls_token)
-        return self.norm(self.blocks(x))
+        if pool is None:
+            return self.norm(self.blocks(x))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = lean_block(block, x)
+        # Where the class token alone is read, the last block computes nothing else.
+        x = lean_block(last, x, queries=1 if pool == "cls" else None)
+        return pool_features(self.norm(x), pool)
+
+
+def lean_block(block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:
+    """A transformer block that keeps 10 numbers per token and channel for its backward pass instead of 16.
+
+    The inputs of its linear layers are cheap functions (normalisation, GELU) of what is kept anyway and
+    are computed again.
+
+    Args:
+        block: timm's, without drop path and layer scale.
+        x: [B, N, D].
+        queries: the first tokens, which are computed; None for all.
+
+    Returns:
+        [B, queries or N, D].
+    """
+    assert isinstance(block, Block) and isinstance(block.attn, PackedAttention)
+    attention, mlp = block.attn, block.mlp
+    assert isinstance(mlp, Mlp)
+    qkv = _recomputed(lambda x: attention.qkv(block.norm1(x)), x)
+    x = x[:, :queries] + attention.attend(qkv, queries)
+    hidden = _recomputed(lambda x: mlp.fc1(block.norm2(x)), x)
+    return x + _recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), hidden)
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, of which the backward pass keeps ``x`` only."""
+    if not torch.is_grad_enabled():
+        return function(x)
+    result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def pool_features(tokens: Tensor, pool: str) -> Tensor:

@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
     "pretrain.batch_size": 8,
     "head.batch_size": 8,
     "mask.batch_size": 8,
+    "hypergradient.every": 1,
 }
 # Numbers of the clock, which no two runs share.
 TIMINGS = ("seconds", "images_per_second")

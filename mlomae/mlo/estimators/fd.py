@@ -16,7 +16,7 @@ def central_difference(errors: PatchErrors, direction: Vector, eps: Tensor) -> T
     The error is ``O(eps²)`` by truncation and ``O(1 / eps)`` by rounding. The weights are restored bit
     for bit; no activation is kept.
     """
-    with perturbation(errors.space, errors.base(), direction) as move:
+    with perturbation(errors.space, errors.point, direction) as move:
         move(eps)
         above = errors.evaluate()
         move(-eps)

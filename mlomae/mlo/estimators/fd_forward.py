@@ -17,7 +17,7 @@ def forward_difference(errors: PatchErrors, direction: Vector, eps: Tensor) -> T
     it is not known, it is evaluated. The error is ``O(eps)`` by truncation and ``O(1 / eps)`` by rounding,
     twice that of a central difference.
     """
-    with perturbation(errors.space, errors.base(), direction) as move:
+    with perturbation(errors.space, errors.point, direction) as move:
         base = errors.values
         if base is None:
             move(torch.zeros_like(eps))
