@@ -53,7 +53,7 @@ class Measurement:
     Attributes:
         wall: seconds, one entry per round.
         cpu: processor seconds of all threads, one entry per round.
-        peak: bytes.
+        peak: bytes, at the largest resident set.
         flops: None where they were not asked for.
         mask_moved: largest change of the watched weights; None where there are none.
     """
@@ -84,6 +84,7 @@ def main(
     parser.add_argument("--rounds", type=int, metavar="N", help="measured rounds; default: the size's")
     parser.add_argument("--network", choices=NETWORKS, default="token", help="masking network")
     parser.add_argument("--flops", action="store_true", help="count FLOPs too")
+    parser.add_argument("--memory", action="store_true", help="two iterations for the peak memory alone")
     if variants is not None:
         parser.add_argument("--variant", choices=variants, default=next(iter(variants)))
     arguments = parser.parse_args()
@@ -103,7 +104,12 @@ def main(
         before = _memory("VmRSS")
         peer = build(config, run_dir, warm_up + cycle * (rounds + bool(arguments.flops)))
         watched = None if peer.watched is None else peer.watched.detach().clone()
-        _measure(peer, found, warm_up, rounds, cycle)
+        if arguments.memory:
+            # The same point of two cycles: the second one meets the optimizers' state.
+            peer.iterate(0)
+            peer.iterate(cycle)
+        else:
+            _measure(peer, found, warm_up, rounds, cycle)
         found.peak = _memory("VmHWM") - before
         if arguments.flops:
             found.flops = _count_flops(peer, warm_up + rounds * cycle, cycle)

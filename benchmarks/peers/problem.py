@@ -22,7 +22,7 @@ from mlomae.models.selection import MaskPolicy
 from mlomae.random import stream_seed
 
 NUM_CLASSES = 10
-NUM_IMAGES = 400
+NUM_IMAGES = 1000
 SIDE = 32
 
 # Constant rates: the peers know no schedule, and a warm-up would begin with steps of almost nothing.
@@ -53,10 +53,11 @@ class Size:
 
 
 SIZES = {
+    # The model of recipes/cifar10_micro.yaml.
     "tiny": Size(
-        {"model.arch": "vit_tiny", "model.patch_size": "4", "model.decoder_dim": "96",
+        {"model.arch": "vit_micro", "model.patch_size": "4", "model.decoder_dim": "96",
          "model.decoder_depth": "2", "model.decoder_heads": "4"},
-        batch=32, processes=3, rounds=3, warm_up=4,
+        batch=128, processes=3, rounds=3, warm_up=4,
     ),
     # ViT-B on CIFAR's images: the size of the paper.
     "vit-b": Size(
