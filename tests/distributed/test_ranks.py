@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlomae.config import Config
 from mlomae.distributed.ds_config import load_ds_config
+from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import World, join_world
 from mlomae.hypergradient import MaskedBatch
 from mlomae.levels import parameters_of
@@ -81,12 +82,17 @@ def _mask_step(trainer: Trainer) -> dict[str, Any]:
     direction = levels.mask.hypergradient.direction(train, heldout, ITERATIONS - 2)
     influence, _ = levels.mask.hypergradient.influence(masked, direction)
     after = _weights(levels.pretrain.engine.module)
+    gradients: list[Tensor] = []
+    engine = levels.mask.engine
+    if isinstance(engine, TorchEngine):
+        parameters = parameters_of(engine.module)
+        engine.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad for p in parameters))
     levels.mask.step(masked, direction, ITERATIONS - 2)
     return {
         "perturbed": {"before": before, "after": after},
-        "direction": direction.values,
+        "direction": list(levels.mask.hypergradient.space.whole(direction.values).values()),
         "influence": influence,
-        "gradients": [p.grad for p in parameters_of(levels.mask.engine.module) if p.grad is not None],
+        "gradients": gradients,
         "gradient norm": torch.as_tensor(levels.mask.engine.grad_norm),
         "weights": _weights(levels.mask.engine.module),
     }
