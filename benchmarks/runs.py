@@ -28,9 +28,9 @@ class Run:
     wall_seconds: float
 
 
-def train(run_dir: Path, *overrides: str) -> Run:
-    """Runs the recipe to its end on the CPU; an unfinished run resumes, a complete one is only read."""
-    command = [sys.executable, "train.py", "--config", RECIPE, "--run-dir", str(run_dir), *overrides]
+def train(run_dir: Path, *overrides: str, recipe: str = RECIPE) -> Run:
+    """Runs a recipe to its end on the CPU; an unfinished run resumes, a complete one is only read."""
+    command = [sys.executable, "train.py", "--config", recipe, "--run-dir", str(run_dir), *overrides]
     # Without a visible GPU the command stays the documented one and the figures stay CPU figures.
     settings = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     started = time.perf_counter()

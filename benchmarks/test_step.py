@@ -67,9 +67,9 @@ def _watch(trainer: Trainer, stopwatch: Stopwatch) -> None:
         stopwatch.watch("data", level, "next_batch")
     stopwatch.watch(f"{trainer.config.pretrain.unroll_steps} pretrain steps", levels.pretrain, "step")
     if levels.mask is not None and levels.head is not None:
-        stopwatch.watch("direction", levels.mask, "direction")
+        stopwatch.watch("direction", levels.mask.hypergradient, "direction")
         stopwatch.watch("head step", levels.head, "step")
-        stopwatch.watch("influence", levels.mask, "influence")
+        stopwatch.watch("influence", levels.mask.hypergradient, "influence")
         stopwatch.watch("mask step", levels.mask, "step")
     stopwatch.watch("rest", trainer, "iterate")
 

@@ -51,7 +51,7 @@ class MaskedBatch:
         selection: the patches kept.
         tokens: [B, L, D] input of the masking network, frozen; None for policies that do not learn.
         scores: [B, L] of the masking network, constant; None for policies that do not learn.
-        errors: [B, L] of the pretrain step, constant; None before it and under another precision.
+        errors: [B, L] of the pretrain step, constant; None before it.
         step: that step; None before it and for policies that do not learn.
     """
 
@@ -212,7 +212,9 @@ class Hypergradient:
                 return functional_call(autoencoder, dict(weights), (masked.images, masked.selection))
 
         point = None if masked.step is None else masked.step.point
-        return PatchErrors(self.space, point, masked.errors, evaluate, function)
+        # The pretrain step's own errors are of use in its own precision only.
+        known = None if self.full_precision else masked.errors
+        return PatchErrors(self.space, point, known, evaluate, function)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

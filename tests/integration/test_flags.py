@@ -292,6 +292,22 @@ def test_precision_of_the_hypergradient(monkeypatch: pytest.MonkeyPatch) -> None
         hypergradient(estimator="fd-forward", precision="float32")
 
 
+def test_every_spares_hypergradients_but_no_step_of_the_head(tmp_path: Path) -> None:
+    rows = observe(tmp_path / "run", {"hypergradient.every": 3, "iterations": 7})["training"]
+    assert ["loss/mask" in row for row in rows] == [True, False, False, True, False, False, True]
+    assert all("loss/head" in row and "loss/pretrain" in row for row in rows)
+
+
+def test_share_takes_the_influence_of_the_first_images() -> None:
+    trainer = build({"hypergradient.share": 0.3})
+    seen: list[int] = []
+    autoencoder = trainer.levels.pretrain.autoencoder
+    autoencoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    trainer.iterate(0)
+    # Two pretrain steps on the whole batch of 8; 0.3 of it is rounded up.
+    assert seen[:2] == [8, 8] and set(seen[2:]) == {3}
+
+
 def test_damping_changes_the_implicit_response(tmp_path: Path) -> None:
     runs = [
         observe(

@@ -126,3 +126,23 @@ def test_a_seed_fixes_the_weights() -> None:
     first, again, other = build(3), build(3), build(4)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["decoder.mask_token"], other["decoder.mask_token"])
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_predicting_removed_patches_only_changes_no_error_and_no_gradient(norm_pix: bool) -> None:
+    module = MaskedAutoencoder(_config(norm_pix=norm_pix)).double()
+    images, selection = torch.randn(3, 3, 8, 12, dtype=torch.float64), _selection(3, 24, 6)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    cotangent = torch.randn(3, 24, dtype=torch.float64)
+    results = []
+    for module.predicts_all in (True, False):
+        errors = module(images, selection)
+        results.append((errors, torch.autograd.grad(errors, weights, cotangent)))
+    torch.testing.assert_close(*results)
+
+
+def test_removed_patches_are_those_that_are_not_kept() -> None:
+    selection = _selection(5, 24, 6)
+    assert selection.ids_removed.shape == (5, 18)
+    removed = torch.zeros(5, 24).scatter(1, selection.ids_removed, 1.0)
+    assert torch.equal(removed, selection.mask)
