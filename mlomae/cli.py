@@ -63,10 +63,12 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _check_hypergradient(argv: Sequence[str]) -> int:
-    known, rest = _check_parser().parse_known_args(argv)
-    if (known.run is None) == (known.config is None):
+    # First of all words: later ones may be values of fields, which the parser does not know.
+    run = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    known, rest = _check_parser().parse_known_args(argv if run is None else argv[1:])
+    if (run is None) == (known.config is None):
         raise UserError("hypergrad-check: give a run directory or --config FILE; see hypergrad-check --help")
-    path = known.config if known.run is None else known.run / "config.yaml"
+    path = known.config if run is None else run / "config.yaml"
     config = load_config(path, _overrides(rest))
     from mlomae.hypergrad_check import check, rows
     from mlomae.hypergrad_view import draw, show
@@ -74,13 +76,13 @@ def _check_hypergradient(argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory() as empty:
         # A recipe starts at its beginning, whatever its own run directory holds.
-        run_dir = RunDir(Path(empty) if known.run is None else known.run, config)
+        run_dir = RunDir(run or Path(empty), config)
         result = check(config, run_dir, known.images, known.bf16)
     if known.json:
         print(to_json(rows(result), indent=2))
     else:
         show(result)
-    plot = known.plot or (None if known.json else (known.run or Path()) / "hypergradient.png")
+    plot = known.plot or (None if known.json else (run or Path()) / "hypergradient.png")
     if plot is not None:
         draw(result, plot)
         print(f"plot: {plot}", file=sys.stderr if known.json else sys.stdout)
@@ -120,12 +122,12 @@ def _parser() -> argparse.ArgumentParser:
 def _check_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mlomae hypergrad-check",
+        usage="mlomae hypergrad-check RUN | --config FILE [options]",
         description="Compares every estimator of the hypergradient with the exact one, at the last "
         "checkpoint of a run or at the beginning of a recipe: cosine, relative error, time and memory. "
         "Every field of the configuration is a flag, as in train.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run directory")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML, instead of a run")
     parser.add_argument("--images", type=_positive, metavar="N", help="per batch (default: 32 at most)")
     parser.add_argument("--bf16", action="store_true", help="run the passes under bf16 autocast")

@@ -208,7 +208,8 @@ def mask_gradient(network: nn.Module, masked: MaskedBatch, influence: Tensor) ->
 def _double(masked: MaskedBatch) -> MaskedBatch:
     assert masked.tokens is not None and masked.step is not None
     slope = masked.step.slope
-    step = StepRecord(_wide(masked.step.point), None if slope is None else _wide(slope))
+    point = _wide(masked.step.point())
+    step = StepRecord(lambda: point, None if slope is None else _wide(slope))
     return replace(
         masked, images=masked.images.double(), tokens=masked.tokens.double(), errors=None, step=step
     )

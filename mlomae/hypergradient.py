@@ -211,7 +211,7 @@ class Hypergradient:
             with self._precision(), using_attention(autoencoder, "reference"):
                 return functional_call(autoencoder, dict(weights), (masked.images, masked.selection))
 
-        point = None if masked.step is None else masked.step.point
+        point = None if masked.step is None else masked.step.point()
         # The pretrain step's own errors are of use in its own precision only.
         known = None if self.full_precision else masked.errors
         return PatchErrors(self.space, point, known, evaluate, function)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mlomae.distributed import collectives
 from mlomae.distributed.engine import trainable
-from mlomae.mlo.space import Vector, WeightSpace, global_norm
+from mlomae.mlo.space import Vector, WeightSpace, global_norm, move_into
 
 
 class ShardSpace(WeightSpace):
@@ -36,6 +36,21 @@ class ShardSpace(WeightSpace):
 
     def stepped(self) -> list[Tensor]:
         """The tensors that the optimizer steps, in the order of ``values``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def write(self, values: Iterable[Tensor]) -> None:
+        for shard, value in zip(self.values(), values, strict=True):
+            shard.copy_(value)
+        self._refresh()
+
+    @torch.no_grad()
+    def move(self, point: Vector, direction: Vector, eps: Tensor) -> None:
+        move_into(self.values(), point, direction, eps)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Lets forward passes see the shards as they are."""
         raise NotImplementedError
 
     def gradient(self, output: Tensor, cotangent: Tensor) -> list[Tensor]:
@@ -71,10 +86,7 @@ class ReplicatedShardSpace(ShardSpace):
     def stepped(self) -> list[Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
 
-    @torch.no_grad()
-    def write(self, values: Iterable[Tensor]) -> None:
-        for shard, value in zip(self.values(), values, strict=True):
-            shard.copy_(value)
+    def _refresh(self) -> None:
         for whole, shards, group in zip(
             self._optimizer.bit16_groups_flat,
             self._optimizer.parallel_partitioned_bit16_groups,
@@ -126,10 +138,7 @@ class PartitionedShardSpace(ShardSpace):
     def stepped(self) -> list[Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)
 
-    @torch.no_grad()
-    def write(self, values: Iterable[Tensor]) -> None:
-        for shard, value in zip(self.values(), values, strict=True):
-            shard.copy_(value)
+    def _refresh(self) -> None:
         # Small parameters stay gathered between passes, and would keep their old values.
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         coordinator.release_and_reset_all(self._engine.module)

@@ -22,7 +22,7 @@ from torch import Tensor
 SMALLEST, LARGEST = 1e-7, 0.1
 MAX_MOVES = 20
 # An error above this one may be that of a radius far too large: the search begins again from below.
-DOUBTFUL = 0.2
+DOUBTFUL, HOPELESS = 0.2, 0.5
 
 Difference = Callable[[float], Tensor]
 Norm = Callable[[Tensor], float]
@@ -72,7 +72,7 @@ class Radius:
 
     def _search(self, at: Difference, norm: Norm) -> None:
         errors: dict[float, float] = {}
-        for _ in range(MAX_MOVES):
+        while len(errors) < MAX_MOVES:
             middle = at(self.value)
             size = norm(middle)
             if not (math.isfinite(size) and size > 0):
@@ -80,15 +80,16 @@ class Radius:
             wide = norm(at(2 * self.value) - middle) / size
             narrow = norm(middle - at(self.value / 2)) / size
             errors[self.value] = self.error = math.sqrt(sum(self._split(wide**2, narrow**2)))
-            ahead = self.value * self._move(wide, narrow)
-            if not self.adaptive or not SMALLEST <= ahead <= LARGEST or ahead == self.value:
-                return
-            if ahead in errors:
-                # Between two points of the grid: take the better one.
-                self.value = min(self.value, ahead, key=errors.__getitem__)
-                self.error = errors[self.value]
-                return
+            move = self._move(wide, narrow)
+            if move == 1 and self.error > HOPELESS:
+                # Nothing is resolved here, not even which way to go.
+                move = 2.0
+            ahead = self.value * move
+            if not self.adaptive or not SMALLEST <= ahead <= LARGEST or ahead in errors:
+                break
             self.value = ahead
+        self.value = min(errors, key=errors.__getitem__)
+        self.error = errors[self.value]
 
     def _move(self, wide: float, narrow: float) -> float:
         """2, 1 or 1/2: towards where the ratio of the two differences is that of the least error."""

@@ -37,6 +37,10 @@ class WeightSpace(ABC):
         """Copies ``values`` into the weights; the next forward pass sees them."""
 
     @abstractmethod
+    def move(self, point: Vector, direction: Vector, eps: Tensor) -> None:
+        """Sets the weights to ``point + eps * direction``; the next forward pass sees them."""
+
+    @abstractmethod
     def gradient(self, output: Tensor, cotangent: Tensor) -> list[Tensor]:
         """Vector-Jacobian product of ``output``, averaged over ranks: this rank's part.
 
@@ -79,6 +83,10 @@ class TensorSpace(WeightSpace):
         for parameter, value in zip(self._parameters.values(), values, strict=True):
             parameter.copy_(value)
 
+    @torch.no_grad()
+    def move(self, point: Vector, direction: Vector, eps: Tensor) -> None:
+        move_into(self._parameters.values(), point, direction, eps)
+
     def gradient(self, output: Tensor, cotangent: Tensor) -> list[Tensor]:
         moved = iter(self._average(list(torch.autograd.grad(output, self._moved, cotangent))))
         # A zero without memory of its own where the output does not depend on the weight.
@@ -109,12 +117,18 @@ def perturbation(space: WeightSpace, point: Vector | None, direction: Vector) ->
     start = originals if point is None else point
 
     def move(eps: Tensor) -> None:
-        space.write(torch.addcmul(base, v, eps) for base, v in zip(start, direction, strict=True))
+        space.move(start, direction, eps)
 
     try:
         yield move
     finally:
         space.write(originals)
+
+
+def move_into(weights: Iterable[Tensor], point: Vector, direction: Vector, eps: Tensor) -> None:
+    """Writes ``point + eps * direction`` into ``weights`` in one pass."""
+    for weight, base, v in zip(weights, point, direction, strict=True):
+        torch.addcmul(base, v, eps, out=weight)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

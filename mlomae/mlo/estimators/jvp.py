@@ -16,14 +16,13 @@ from mlomae.mlo.space import Vector
 def forward_mode(errors: PatchErrors, direction: Vector, eps: Tensor) -> Tensor:
     """``D_v l(theta)`` [B, L] in one pass that carries a tangent beside every activation.
 
-    ``eps`` only scales the tangent to the size of a perturbation, so that bf16 neither under- nor
-    overflows. Fused attention has no forward mode: the formula in plain PyTorch is used.
+    Fused attention has no forward mode: the formula in plain PyTorch is used. ``eps`` has no effect.
     """
     space = errors.space
     point, direction_by_name = space.whole(errors.base()), space.whole(direction)
     # The other weights stay out: a tangent of zeros would cost as much as any other.
     names = [name for name in point if name.startswith(space.prefix)]
-    tangents = {name: direction_by_name[name] * eps for name in names}
+    tangents = {name: direction_by_name[name] for name in names}
 
     def function(moved: dict[str, Tensor]) -> Tensor:
         return errors.function({**point, **moved})
@@ -32,4 +31,4 @@ def forward_mode(errors: PatchErrors, direction: Vector, eps: Tensor) -> Tensor:
         # torch compiles some of its own forward-mode derivatives by a way that it has deprecated.
         warnings.filterwarnings("ignore", message=".torch.jit", category=FutureWarning)
         derivative: Tensor = jvp(function, ({name: point[name] for name in names},), (tangents,))[1]
-    return derivative / eps
+    return derivative

@@ -1,4 +1,4 @@
-"""The slope of an AdamW step against autograd through torch's own formula and a step that torch takes."""
+"""An AdamW step taken apart, against steps that torch takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlomae.distributed.recorder import StepRecorder
-from mlomae.mlo.precondition import adamw_slope
+from mlomae.mlo.adamw import adamw_slope
 
 F64 = torch.float64
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.05
@@ -43,7 +43,8 @@ def test_slope_is_the_derivative_of_a_step_that_torch_takes(steps: int) -> None:
         else:
             optimizer.step()
     record = recorder.record(None, 0.0)
-    assert torch.equal(record.point[0], before)
+    torch.testing.assert_close(record.point()[0], before, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(before, weight)
     assert record.slope is not None
 
     # The update is -lr * u(g), element by element: differentiate it numerically in the last gradient.
@@ -67,6 +68,20 @@ def test_recorder_leaves_no_hook_behind_and_knows_who_did_not_step() -> None:
         optimizer.step()
     record = recorder.record(None, 0.0)
     assert record.slope is not None
-    assert torch.equal(record.point[1], still.detach()) and not record.slope[1].any()
-    assert not torch.equal(record.point[0], moved.detach())
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    point = record.point()
+    assert torch.equal(point[1], still.detach()) and not record.slope[1].any()
+    assert not torch.equal(point[0], moved.detach())
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_point_of_a_float32_step_is_right_to_rounding() -> None:
+    weight = torch.randn(1000, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
+    for _ in range(4):
+        weight.grad = torch.randn(1000)
+        before = weight.detach().clone()
+        with StepRecorder(optimizer, [weight], slope=False) as recorder:
+            optimizer.step()
+    record = recorder.record(None, 0.0)
+    assert record.slope is None
+    assert float((record.point()[0] - before).norm() / before.norm()) < 2e-7
