@@ -63,7 +63,7 @@ SIZES = {
     "vit-b": Size(
         {"model.arch": "vit_base", "model.patch_size": "2", "model.decoder_dim": "512",
          "model.decoder_depth": "8", "model.decoder_heads": "16"},
-        batch=8, processes=2, rounds=1, warm_up=1,
+        batch=8, processes=1, rounds=2, warm_up=1,
     ),
 }  # fmt: skip
 
