@@ -75,5 +75,5 @@ def plot_mask_health(rows: Sequence[Mapping[str, Any]], chance: float) -> None:
     for axes in (left, middle, right):
         axes.set_xlabel("outer iteration")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="right")
     figure.savefig(IMAGES / "mask_health.png")

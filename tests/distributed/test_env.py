@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -93,3 +95,31 @@ def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"^device: cuda asked for, but torch sees no GPU; use auto or cpu$"):
         join_world("cuda")
     assert join_world("auto").device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [(None, [(-4, 0), (-1, -1)]), ("MALLOC_ARENA_MAX", []), ("GLIBC_TUNABLES", [])],
+)
+def test_freed_memory_is_kept_unless_the_user_has_chosen(
+    variable: str | None, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        def mallopt(self, parameter: int, value: int) -> int:
+            calls.append((parameter, value))
+            return 1
+
+    calls: list[tuple[int, int]] = []
+    for name in list(os.environ):
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
+            monkeypatch.delenv(name)
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Library())
+    join_world("cpu")
+    assert calls == expected
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda _: object())
+    assert join_world("cpu").size == 1
