@@ -95,8 +95,8 @@ class Radius:
         """2, 1 or 1/2: towards where the ratio of the two differences is that of the least error."""
         a, b = self._factors()
         least = math.sqrt((b + 5 * self.order) / (a + 1.25 * self.order))
-        # Pure rounding has ratio 2: the border to it lies half-way, on a log scale. That to truncation is strict,
-        # because far above the best radius the ratio rises again.
+        # Pure rounding has ratio 2: the border to it lies half-way, on a log scale. That to truncation is
+        # strict, because far above the best radius the ratio rises again.
         if narrow > wide * math.sqrt(least * 2):
             return 2.0
         return 0.5 if narrow < wide * 0.8 * least else 1.0
