@@ -74,11 +74,12 @@ class Radius:
         errors: dict[float, float] = {}
         while len(errors) < MAX_MOVES:
             middle = at(self.value)
-            size = norm(middle)
-            if not (math.isfinite(size) and size > 0):
-                return
-            wide = norm(at(2 * self.value) - middle) / size
-            narrow = norm(middle - at(self.value / 2)) / size
+            size, wide, narrow = (
+                norm(middle), norm(at(2 * self.value) - middle), norm(middle - at(self.value / 2))
+            )  # fmt: skip
+            if not (math.isfinite(size + wide + narrow) and size > 0):
+                break
+            wide, narrow = wide / size, narrow / size
             errors[self.value] = self.error = math.sqrt(sum(self._split(wide**2, narrow**2)))
             move = self._move(wide, narrow)
             if move == 1 and self.error > HOPELESS:
@@ -88,8 +89,9 @@ class Radius:
             if not self.adaptive or not SMALLEST <= ahead <= LARGEST or ahead in errors:
                 break
             self.value = ahead
-        self.value = min(errors, key=errors.__getitem__)
-        self.error = errors[self.value]
+        if errors:
+            self.value = min(errors, key=errors.__getitem__)
+            self.error = errors[self.value]
 
     def _move(self, wide: float, narrow: float) -> float:
         """2, 1 or 1/2: towards where the ratio of the two differences is that of the least error."""
@@ -105,9 +107,9 @@ class Radius:
         """Squared truncation and rounding errors, from the squares of the two differences."""
         a, b = self._factors()
         determinant = 5 * a - 1.25 * b
-        return max(0.0, (5 * wide - 1.25 * narrow) / determinant), max(
-            0.0, (a * narrow - b * wide) / determinant
-        )
+        truncation = (5 * wide - 1.25 * narrow) / determinant
+        rounding = (a * narrow - b * wide) / determinant
+        return max(0.0, truncation), max(0.0, rounding)
 
     def _factors(self) -> tuple[float, float]:
         return (2.0**self.order - 1) ** 2, (1 - 2.0**-self.order) ** 2

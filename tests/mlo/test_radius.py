@@ -108,3 +108,11 @@ def test_a_move_costs_one_difference() -> None:
     moves = round(math.log2(radius.value / 1e-5))
     assert moves > 3
     assert len(asked) == len(set(asked)) <= moves + 4
+
+
+def test_search_stays_below_where_the_differences_overflow() -> None:
+    noise = difference(2, 0.0, 1e-6)
+    radius = Radius(1e-5, 2, adaptive=True)
+    values = radius.check(lambda r: noise(r) * (math.inf if r > 1e-3 else 1.0), norm)
+    assert values.isfinite().all()
+    assert 1e-5 < radius.value < 1e-3 and radius.error is not None
