@@ -20,7 +20,7 @@ from mlomae.distributed.env import join_world
 from mlomae.distributed.recorder import StepRecord
 from mlomae.errors import UserError
 from mlomae.hypergradient import Hypergradient, MaskedBatch
-from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel
+from mlomae.levels import HeadLevel
 from mlomae.memory import peak_bytes
 from mlomae.mlo.direction import Direction
 from mlomae.mlo.estimators import ESTIMATORS, TRUNCATION_ORDER
@@ -132,11 +132,7 @@ class _Measured:
             estimates.append(self._measure(name, hypergradient, direction, exact))
             if name in TRUNCATION_ORDER:
                 radii[name] = hypergradient.radius.value
-                curves[name] = [
-                    (radius, _relative_error(self._gradient(hypergradient, direction), exact))
-                    for radius in RADII
-                    for hypergradient in [self._configured(estimator=name, radius=radius, check_every=0)]
-                ]
+                curves[name] = [(radius, self._error_at(name, radius, direction, exact)) for radius in RADII]
         precision = "bf16 autocast" if self.bf16 else "float32"
         images = len(self.masked.images)
         return Check(
@@ -147,17 +143,22 @@ class _Measured:
         batch = self.pretrain.next_batch(self.device)
         return self.pretrain.step(batch, self.iteration, record)[0]
 
-    def _configured(self, **changes: Any) -> Hypergradient:
+    def _config(self, **changes: Any) -> Config:
         section = self.config.hypergradient.model_copy(update={"precision": "auto", **changes})
-        config = self.config.model_copy(update={"hypergradient": section})
-        return Hypergradient(config, self.pretrain.engine, self.head.problem)
+        return self.config.model_copy(update={"hypergradient": section})
+
+    def _configured(self, **changes: Any) -> Hypergradient:
+        return Hypergradient(self._config(**changes), self.pretrain.engine, self.head.problem)
+
+    def _error_at(self, name: str, radius: float, direction: Direction, exact: Tensor) -> float:
+        fixed = self._configured(estimator=name, radius=radius, check_every=0)
+        return _relative_error(self._gradient(fixed, direction), exact)
 
     def _measure(
         self, name: str, hypergradient: Hypergradient, direction: Direction, exact: Tensor
     ) -> Estimate:
         # The first one also finds the radius.
         gradient = self._gradient(hypergradient, direction)
-        hypergradient.taken = 1
 
         def run() -> Tensor:
             return hypergradient.influence(self.masked, direction)[0]
@@ -180,21 +181,16 @@ class _Measured:
 
     def _exact(self) -> Tensor:
         """Everything in float64: the direction, the double backward and the masking network."""
-        config = self.config
-        section = config.hypergradient.model_copy(update={"estimator": "exact", "precision": "auto"})
-        config = config.model_copy(update={"hypergradient": section})
-        modules = [
+        config = self._config(estimator="exact")
+        autoencoder, classifier, network = (
             copy.deepcopy(level.engine.module).double() for level in (self.pretrain, self.head, self.mask)
-        ]
-        engine, head_engine, mask_engine = (TorchEngine(m, config.pretrain) for m in modules)
-        unused: Any = None
-        lower = PretrainLevel(engine, unused, config, self.pretrain.policy, None)
-        head = HeadLevel(head_engine, unused, config)
-        upper = MaskLevel(mask_engine, unused, config, lower, head)
+        )
+        head = HeadLevel(TorchEngine(classifier, config.head), self.head.stream, config)
+        hypergradient = Hypergradient(config, TorchEngine(autoencoder, config.pretrain), head.problem)
         masked = _double(self.masked)
         train, heldout = (replace(b, images=b.images.double()) for b in (self.train, self.heldout))
-        direction = upper.hypergradient.direction(train, heldout, self.iteration)
-        return mask_gradient(modules[2], masked, upper.hypergradient.influence(masked, direction)[0])
+        direction = hypergradient.direction(train, heldout, self.iteration)
+        return mask_gradient(network, masked, hypergradient.influence(masked, direction)[0])
 
 
 def mask_gradient(network: nn.Module, masked: MaskedBatch, influence: Tensor) -> Tensor:

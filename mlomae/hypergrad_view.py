@@ -59,7 +59,7 @@ def draw(result: Check, path: Path) -> None:
         left.plot(
             result.radii[name], errors[name], "*", ms=14, color=_COLORS[name], label=f"{name}, chosen radius"
         )
-    for name in errors.keys() - result.curves.keys():
+    for name in (name for name in errors if name not in result.curves):
         left.axhline(errors[name], ls="--", lw=1, color=_COLORS[name], label=name)
     left.set(xlabel="radius / ‖θ‖", ylabel="relative error", title="error against radius")
     left.legend(fontsize=8)

@@ -27,7 +27,7 @@ from mlomae.errors import UserError
 from mlomae.mlo.best_response import HeadProblem
 from mlomae.mlo.direction import Direction, encoder_direction
 from mlomae.mlo.estimators import ESTIMATORS, TRUNCATION_ORDER
-from mlomae.mlo.influence import PatchErrors, step_length
+from mlomae.mlo.influence import PatchErrors, unit_step
 from mlomae.mlo.radius import Radius
 from mlomae.models.attention import using_attention
 from mlomae.models.mae import MaskedAutoencoder
@@ -144,16 +144,15 @@ class Hypergradient:
     def influence(self, masked: MaskedBatch, direction: Direction) -> tuple[Tensor, Metrics]:
         """Derivative of each patch's error [B, L] along v, preconditioned where asked for."""
         v = direction.values
-        if self.config.precondition == "adam" and masked.step is not None:
-            assert masked.step.slope is not None
+        if masked.step is not None and masked.step.slope is not None:
             v = [a * b for a, b in zip(v, masked.step.slope, strict=True)]
-        errors = self._patch_errors(masked)
+        errors, (unit, norm) = self._patch_errors(masked), unit_step(self.space, v)
         estimate = ESTIMATORS[self.estimator]
         checked = bool(self.config.check_every) and self.taken % self.config.check_every == 0
         self.taken += 1
 
         def at(radius: float) -> Tensor:
-            return estimate(errors, v, step_length(errors, v, radius)[0])
+            return estimate(errors, v, radius * unit)
 
         metrics: Metrics = {}
         if self.estimator in TRUNCATION_ORDER and checked:
@@ -164,7 +163,7 @@ class Hypergradient:
             values = at(self.radius.value)
         if self.estimator in TRUNCATION_ORDER:
             metrics["hypergradient/radius"] = _scalar(self.radius.value, values)
-        return values, {"hypergradient/direction_norm": step_length(errors, v, 1.0)[1], **metrics}
+        return values, {"hypergradient/direction_norm": norm, **metrics}
 
     def state_dict(self) -> dict[str, Any]:
         """The radius and how many hypergradients were taken."""

@@ -21,7 +21,6 @@ from mlomae.hypergradient import MaskedBatch, Metrics
 from mlomae.levels import mean_of
 from mlomae.meters import FiniteGuard, Meters
 from mlomae.metrics import MetricsWriter
-from mlomae.models.encoder import pool_features
 from mlomae.run_dir import RunDir
 from mlomae.statistics import mask_agreement, score_statistics
 
@@ -232,7 +231,7 @@ class Trainer:
         encoder, pool = self.levels.pretrain.autoencoder.encoder, self.config.model.pool
 
         def encode(images: Tensor) -> Tensor:
-            return pool_features(encoder(images), pool)
+            return encoder(images, pool=pool)
 
         result: dict[str, Any] = {
             "policy": self.config.masking.policy,

@@ -6,6 +6,7 @@ direction has the same layout: no rank holds more of v than its shard.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,9 +35,9 @@ class ShardSpace(WeightSpace):
         self._names = {id(parameter): name for name, parameter in trainable(module)}
         self._moved = [p for name, p in trainable(module) if name.startswith(prefix)]
 
+    @abstractmethod
     def stepped(self) -> list[Tensor]:
         """The tensors that the optimizer steps, in the order of ``values``."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def write(self, values: Iterable[Tensor]) -> None:
@@ -49,9 +50,9 @@ class ShardSpace(WeightSpace):
         move_into(self.values(), point, direction, eps)
         self._refresh()
 
+    @abstractmethod
     def _refresh(self) -> None:
         """Lets forward passes see the shards as they are."""
-        raise NotImplementedError
 
     def gradient(self, output: Tensor, cotangent: Tensor) -> list[Tensor]:
         self._engine.backward((output * cotangent).sum())
@@ -66,11 +67,13 @@ class ShardSpace(WeightSpace):
     def norm(self, vector: Vector) -> Tensor:
         return collectives.total(global_norm(vector).square()).sqrt()
 
+    @abstractmethod
     def _gradient_shard(self, group: int, target: Tensor) -> Tensor:
-        raise NotImplementedError
+        """This rank's part of the last backward pass's gradient, laid out like ``target``."""
 
+    @abstractmethod
     def _pending_gradients(self) -> list[dict[int, Any]]:
-        raise NotImplementedError
+        """Where DeepSpeed keeps gradients that wait for a step, by group."""
 
 
 class ReplicatedShardSpace(ShardSpace):
@@ -148,7 +151,7 @@ class PartitionedShardSpace(ShardSpace):
         return collectives.total(square).sqrt()
 
     def whole(self, vector: Vector) -> dict[str, Tensor]:
-        raise NotImplementedError("ZeRO 3 holds no whole weights")
+        raise RuntimeError("ZeRO 3 holds no whole weights: see has_whole_vectors")
 
     def _gradient_shard(self, group: int, target: Tensor) -> Tensor:
         # One buffer per parameter, which keeps the last step's gradient where this pass had none.

@@ -48,12 +48,12 @@ Estimator = Callable[[PatchErrors, Vector, Tensor], Tensor]
 """(errors, direction v, eps) → influence [B, L]; ``eps`` is the step length in units of v."""
 
 
-def step_length(errors: PatchErrors, direction: Vector, relative_radius: float) -> tuple[Tensor, Tensor]:
-    """``eps`` with ``eps * ||v|| = relative_radius * ||theta||``, and ``||v||``; both 0-dim.
+def unit_step(space: WeightSpace, direction: Vector) -> tuple[Tensor, Tensor]:
+    """``||theta|| / ||v||``, by which a relative radius becomes ``eps``, and ``||v||``; both 0-dim.
 
     The radius is relative to the norm of the weights that move, because the rounding error of a
     forward pass grows with it.
     """
-    norm = errors.space.norm(direction)
+    norm = space.norm(direction)
     tiny = torch.finfo(norm.dtype).tiny
-    return relative_radius * errors.space.scale() / norm.clamp_min(tiny**0.5), norm
+    return space.scale() / norm.clamp_min(tiny**0.5), norm

@@ -73,10 +73,12 @@ class MaskedAutoencoder(nn.Module):
         self.predicts_all = config.predict == "all"
         set_attention(self, config.attention)
 
-    def reconstruct(self, images: Tensor, selection: PatchSelection) -> Tensor:
-        """Predicted patches [B, L, P] (normalised per patch when ``norm_pix`` is set)."""
+    def reconstruct(
+        self, images: Tensor, selection: PatchSelection, ids_removed: Tensor | None = None
+    ) -> Tensor:
+        """Predicted patches [B, L, P] or, at ``ids_removed``, [B, L - K, P]; normalised with ``norm_pix``."""
         latent = self.encoder(images, selection.ids_keep)
-        return self.decoder(latent, selection.ids_restore)
+        return self.decoder(latent, selection.ids_restore, ids_removed)
 
     def forward(self, images: Tensor, selection: PatchSelection) -> Tensor:
         """Per-patch errors.
@@ -88,22 +90,15 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             [B, L], float32 or float64: mean squared error of each removed patch, 0 at kept ones.
         """
+        removed = None if self.predicts_all else selection.ids_removed
         # The loss is float32, whatever autocast did to the prediction.
-        if self.predicts_all:
-            return mlomae_kernels.masked_patch_loss(
-                self.reconstruct(images, selection),
-                images,
-                selection.mask,
-                patch_size=self.patch_size,
-                norm_pix=self.norm_pix,
-            )
-        removed = selection.ids_removed
-        latent = self.encoder(images, selection.ids_keep)
         errors = mlomae_kernels.masked_patch_loss(
-            self.decoder(latent, selection.ids_restore, removed),
+            self.reconstruct(images, selection, removed),
             images,
-            removed,
+            selection.mask if removed is None else removed,
             patch_size=self.patch_size,
             norm_pix=self.norm_pix,
         )
+        if removed is None:
+            return errors
         return errors.new_zeros(selection.mask.shape).scatter(1, removed, errors)

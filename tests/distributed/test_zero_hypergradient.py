@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlomae import objectives
 from mlomae.config import Config
 from mlomae.data.loader import Batch
 from mlomae.distributed import collectives
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine
 from mlomae.distributed.env import World, join_world
-from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel, parameters_of
+from mlomae.hypergrad_check import mask_gradient
+from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel
 from mlomae.models.head import ClassifierHead
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
@@ -96,18 +96,16 @@ class Run:
         with torch.no_grad():
             # Forward passes see the restored weights too, also those that ZeRO 3 keeps gathered.
             after = self.pretrain.engine.module(masked.images, masked.selection).mean()
-        probability = self.mask.engine.module(masked.tokens).sigmoid()
-        loss = objectives.mask_loss(probability, masked.selection.mask, influence, 1.0)
-        gradient = torch.autograd.grad(loss, parameters_of(self.mask.engine.module))
+        gradient = mask_gradient(self.mask.engine.module, masked, influence)
         assert train.labels is not None
         self.head.step(direction.train_features, train.labels, iteration)
         scalars = torch.stack([metrics["loss/pretrain"], direction.heldout_loss, after])
-        mean, *gradients = collectives.average([scalars, *gradient])
+        mean, gradient = collectives.average([scalars, gradient])
         return {
             "restored": same,
             "scalars": mean.tolist(),
             "norm": float(more["hypergradient/direction_norm"]),
-            "gradient": torch.cat([g.flatten() for g in gradients]),
+            "gradient": gradient,
             "held": sum(v.numel() for v in direction.values),
         }
 

@@ -17,8 +17,9 @@ from mlomae import objectives
 from mlomae.config import Config
 from mlomae.data.loader import Batch
 from mlomae.distributed.engine import TorchEngine, trainable
+from mlomae.hypergrad_check import mask_gradient
 from mlomae.hypergradient import MaskedBatch
-from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel, parameters_of
+from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel
 from mlomae.models import encoder as encoder_module
 from mlomae.models.encoder import pool_features
 from mlomae.models.head import ClassifierHead
@@ -84,10 +85,7 @@ class Problem:
         hypergradient = self.mask.hypergradient
         direction = hypergradient.direction(self.train, self.heldout, ITERATION)
         influence, _ = hypergradient.influence(self.masked, direction)
-        probability = self.network(self.masked.tokens).sigmoid()
-        lr = self.pretrain.lr(ITERATION)
-        loss = objectives.mask_loss(probability, self.masked.selection.mask, influence, lr)
-        return flat(torch.autograd.grad(loss, parameters_of(self.network)))
+        return self.pretrain.lr(ITERATION) * mask_gradient(self.network, self.masked, influence)
 
     @cached_property
     def exact(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlomae.mlo.estimators import ESTIMATORS
-from mlomae.mlo.influence import PatchErrors, step_length
+from mlomae.mlo.influence import PatchErrors, unit_step
 from mlomae.mlo.space import TensorSpace, global_norm, perturbation
 from mlomae.objectives import mask_loss, pretrain_loss
 
@@ -36,7 +36,7 @@ def errors_of(
 
 
 def influence(name: str, errors: PatchErrors, v: Tensor, radius: float = 1e-4) -> Tensor:
-    return ESTIMATORS[name](errors, [v], step_length(errors, [v], radius)[0])
+    return ESTIMATORS[name](errors, [v], radius * unit_step(errors.space, [v])[0])
 
 
 def test_perturbation_moves_from_the_point_and_restores_bitwise() -> None:
