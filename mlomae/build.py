@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mlomae_kernels
+from mlomae.compilation import compile_module, resolve_execution
 from mlomae.config import Config, LevelConfig
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
@@ -21,6 +22,12 @@ from mlomae.models.head import ClassifierHead
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
+from mlomae.precision import (
+    describe_precision,
+    resolve_precision,
+    set_float32_products,
+    with_precision,
+)
 from mlomae.random import stream_seed
 from mlomae_kernels.ops.attention import choose_attention
 
@@ -45,22 +52,36 @@ def build_levels(
 
     Args:
         ds_config: a checked DeepSpeed configuration, or None for plain torch engines.
-    """
 
-    def engine(module: nn.Module, rates: LevelConfig) -> Engine:
+    Raises:
+        UserError: what ``compute`` or ``pretrain.micro_batches`` asks for cannot be had here.
+    """
+    precision = resolve_precision(config.compute.precision, world.device, ds_config)
+    set_float32_products(precision)
+    execution = resolve_execution(config.compute.execution, world.device)
+    share, parts = config.pretrain.batch_size // world.size, config.pretrain.micro_batches
+    if share % parts:
+        raise UserError(f"pretrain.micro_batches: {parts} does not divide a rank's batch of {share} images")
+
+    def engine(module: nn.Module, rates: LevelConfig, micro_batches: int = 1) -> Engine:
         module.to(world.device)
+        compile_module(module, execution)
         if ds_config is None:
-            return TorchEngine(module, rates)
-        return DeepSpeedEngine(module, rates, ds_config, world)
+            return TorchEngine(module, rates, precision == "bf16", micro_batches)
+        return DeepSpeedEngine(module, rates, with_precision(ds_config, precision), world, micro_batches)
 
     model, grid = config.model, config.model.grid
     # One generator state per module: the autoencoder starts from the same weights under every policy.
     torch.manual_seed(stream_seed(config.seed, "init", "pretrain"))
     autoencoder = MaskedAutoencoder(model)
+    autoencoder.set_activation_checkpointing(config.compute.activation_checkpointing)
+    compile_module(autoencoder.encoder, execution)
     embed_dim = autoencoder.encoder.embed_dim
     policy = MaskPolicy(config.masking, grid, config.num_keep, config.seed)
     if not config.masking.learns:
-        lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, None)
+        lower = PretrainLevel(
+            engine(autoencoder, config.pretrain, parts), loaders.pretrain, config, policy, None
+        )
         return Levels(lower, None, None)
 
     assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None
@@ -68,26 +89,30 @@ def build_levels(
     classifier = ClassifierHead(num_pooled(embed_dim, model.pool), loaders.num_classes)
     torch.manual_seed(stream_seed(config.seed, "init", "mask"))
     network = build_masking_network(config.masking, grid, embed_dim)
-    lower = PretrainLevel(engine(autoencoder, config.pretrain), loaders.pretrain, config, policy, network)
+    lower = PretrainLevel(
+        engine(autoencoder, config.pretrain, parts), loaders.pretrain, config, policy, network
+    )
     middle = HeadLevel(engine(classifier, config.head), loaders.head, config)
     upper = MaskLevel(engine(network, config.mask), loaders.mask, config, lower, middle)
     return Levels(lower, middle, upper)
 
 
-def describe_implementations(config: Config, levels: Levels, world: World) -> str:
+def describe_implementations(config: Config, world: World, precision: str) -> str:
     """Which implementations of the operators and of attention a run uses, and why, in one line.
 
     Raises:
         UserError: flash attention is asked for and cannot be had.
     """
     device_type = world.device.type
-    with levels.pretrain.engine.autocast():
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     embed_dim, _, num_heads = SIZES[config.model.arch]
     try:
         choice = choose_attention(config.model.attention, world.device, dtype, embed_dim // num_heads)
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
     operators = mlomae_kernels.describe(device_type)
-    return f"operators: {operators}; attention: {choice.name} ({choice.reason})"
+    execution = resolve_execution(config.compute.execution, world.device)
+    return (
+        f"operators: {operators}; attention: {choice.name} ({choice.reason}); "
+        f"precision: {describe_precision(precision, world.device)}; execution: {execution}"
+    )

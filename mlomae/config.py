@@ -7,14 +7,13 @@ schedules and clipping; a DeepSpeed config owns ZeRO, communication and precisio
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlomae.config_errors import describe
 from mlomae.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -150,6 +149,11 @@ class DataConfig(Section):
         "resized-crop: RandomResizedCrop(0.2, 1) and flip (MAE)",
     )
     workers: int = Field(0, ge=0, description="loader processes per level; 0 loads in the main process")
+    resident: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="keep whole sets as bytes on the device and augment there; auto: where images "
+        "have one size and take 1 GiB at most",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -183,6 +187,9 @@ class PretrainConfig(LevelConfig):
     """Level 1: the masked autoencoder."""
 
     unroll_steps: Positive = Field(2, description="pretrain steps per outer iteration (K)")
+    micro_batches: Positive = Field(
+        1, description="parts of a rank's batch, one after the other (gradient accumulation)"
+    )
 
 
 class HeadConfig(LevelConfig):
@@ -235,6 +242,24 @@ class HypergradientConfig(Section):
     share: float = Field(1.0, gt=0, le=1, description="share of the pretrain batch whose influence is taken")
 
 
+class ComputeConfig(Section):
+    """How the arithmetic is carried out: speed, memory and rounding, never the method."""
+
+    precision: Literal["auto", "bf16", "tf32", "float32"] = Field(
+        "auto",
+        description="of the passes; weights and losses are float32 in any case. bf16: autocast; tf32: "
+        "float32 with products rounded to TF32; auto: bf16 on a GPU, else float32",
+    )
+    execution: Literal["auto", "eager", "compiled", "graphs"] = Field(
+        "auto",
+        description="compiled: torch.compile; graphs: and CUDA graphs, for small models; "
+        "auto: compiled on a GPU, else eager",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute the blocks in the backward pass: less memory, a third more time"
+    )
+
+
 class EvalConfig(Section):
     """Final evaluation on the test set."""
 
@@ -262,6 +287,7 @@ class Config(Section):
     head: HeadConfig = HeadConfig()
     mask: MaskConfig = MaskConfig()
     hypergradient: HypergradientConfig = HypergradientConfig()
+    compute: ComputeConfig = ComputeConfig()
     eval: EvalConfig = EvalConfig()
 
     @property
@@ -283,15 +309,9 @@ class Config(Section):
 # Fields that may change when a run directory is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
     "run_dir", "device", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
-    "data.path", "data.download", "data.workers", "model.attention", "model.predict",
+    "data.path", "data.download", "data.workers", "data.resident", "model.attention", "model.predict",
+    "pretrain.micro_batches", "compute.execution", "compute.activation_checkpointing",
 }  # fmt: skip
-
-
-# Problems that pydantic words for programmers.
-PLAIN = {
-    "model_type": "expected a mapping of fields",
-    "path_type": "expected a path (./1 for a folder called 1)",
-}
 
 
 def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
@@ -316,7 +336,7 @@ def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(describe(error, Config)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -345,37 +365,3 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {parent!r} is a value in the recipe, not a section")
     node[leaf] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first problem of a validation error as ``field: what was found, what would be right``."""
-    errors = error.errors()
-    first = errors[0]
-    if isinstance(first["input"], list):
-        # Of a number or a list, the list is what was meant.
-        first = next((e for e in errors if any("[" in str(part) for part in e["loc"])), first)
-    names = [str(part) for part in first["loc"] if not _is_union_tag(part)]
-    field = ".".join(names) or "config"
-    if first["type"] == "extra_forbidden":
-        known = _fields_of_section(names[:-1])
-        near = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{field}: unknown key; {hint}"
-    if first["type"] == "value_error":
-        return f"{field}: {first['ctx']['error']}"
-    message = PLAIN.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
-    return f"{field}: {message}, found {first['input']!r}"
-
-
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("int", "constrained-int"))
-
-
-def _fields_of_section(names: list[str]) -> list[str]:
-    section: Any = Config
-    for name in names:
-        annotation = section.model_fields[name].annotation
-        if get_origin(annotation) in (Union, UnionType):
-            annotation = get_args(annotation)[0]
-        section = annotation
-    return list(section.model_fields)

@@ -82,7 +82,7 @@ def check(config: Config, run_dir: RunDir, images: int | None, bf16: bool) -> Ch
 
     Args:
         images: in each of the three batches; None for what the exact gradient can carry, at most 32.
-        bf16: run the passes under bf16 autocast.
+        bf16: run the passes under bf16 autocast, whatever the recipe says.
 
     Raises:
         UserError: the policy does not learn, or the batch exceeds its set.
@@ -95,11 +95,15 @@ def check(config: Config, run_dir: RunDir, images: int | None, bf16: bool) -> Ch
         for level, size in batches.items()
     }
     hypergradient = config.hypergradient.model_copy(update={"share": 1.0})
-    config = config.model_copy(update={**changed, "hypergradient": hypergradient})
+    # The exact gradient works on copies of the modules, of which the compiler knows nothing.
+    compute = config.compute.model_copy(
+        update={"execution": "eager", **({"precision": "bf16"} if bf16 else {})}
+    )
+    config = config.model_copy(update={**changed, "hypergradient": hypergradient, "compute": compute})
     trainer = Trainer(config, run_dir, join_world(config.device), None)
     try:
         trainer.resume()
-        return _Measured(trainer, bf16).check()
+        return _Measured(trainer).check()
     finally:
         trainer.loaders.close()
 
@@ -107,18 +111,17 @@ def check(config: Config, run_dir: RunDir, images: int | None, bf16: bool) -> Ch
 class _Measured:
     """A trainer after its next pretrain steps, with the batches at which the gradient is taken."""
 
-    def __init__(self, trainer: Trainer, bf16: bool) -> None:
-        levels, device = trainer.levels, trainer.world.device
+    def __init__(self, trainer: Trainer) -> None:
+        levels = trainer.levels
         assert levels.mask is not None and levels.head is not None
-        self.config, self.device, self.iteration = trainer.config, device, trainer.iteration
+        self.config, self.device, self.iteration = trainer.config, trainer.world.device, trainer.iteration
         self.pretrain, self.head, self.mask = levels.pretrain, levels.head, levels.mask
-        self.bf16 = bf16
         assert isinstance(self.pretrain.engine, TorchEngine)
-        self.pretrain.engine.mixed = bf16
+        self.bf16 = self.pretrain.engine.mixed
         for _ in range(self.config.pretrain.unroll_steps - 1):
             self._step(record=False)
         self.masked = self._step(record=True)
-        self.train, self.heldout = self.head.next_batch(device), self.mask.next_batch(device)
+        self.train, self.heldout = self.head.next_batch(), self.mask.next_batch()
 
     def check(self) -> Check:
         own = Hypergradient(self.config, self.pretrain.engine, self.head.problem)
@@ -140,7 +143,7 @@ class _Measured:
         )
 
     def _step(self, record: bool) -> MaskedBatch:
-        batch = self.pretrain.next_batch(self.device)
+        batch = self.pretrain.next_batch()
         return self.pretrain.step(batch, self.iteration, record)[0]
 
     def _config(self, **changes: Any) -> Config:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from mlomae.compilation import eagerly
 from mlomae.config import Config
-from mlomae.data.loader import Batch
+from mlomae.data.batches import Batch
 from mlomae.distributed import collectives
 from mlomae.distributed.engine import Engine
 from mlomae.distributed.recorder import StepRecord
@@ -32,6 +33,7 @@ from mlomae.mlo.radius import Radius
 from mlomae.models.attention import using_attention
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.selection import PatchSelection
+from mlomae.precision import ieee_float32
 
 Metrics = dict[str, Tensor]
 """Scalars by name, 0-dim tensors on the device."""
@@ -64,21 +66,28 @@ class MaskedBatch:
 
     def first(self, share: float) -> MaskedBatch:
         """The first images, rounded up; batches are shuffled, so that they are a fair sample."""
-        count = math.ceil(share * len(self.images))
-        if count == len(self.images):
+        return self.rows(0, math.ceil(share * len(self.images)))
+
+    def split(self, parts: int) -> list[MaskedBatch]:
+        """Equal parts, in order; ``parts`` divides the number of images."""
+        size = len(self.images) // parts
+        return [self.rows(start, start + size) for start in range(0, len(self.images), size)]
+
+    def rows(self, start: int, stop: int) -> MaskedBatch:
+        """Some of the images."""
+        if (start, stop) == (0, len(self.images)):
             return self
 
         def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:count]
+            return None if x is None else x[start:stop]
 
         selection = self.selection
-        selection = PatchSelection(
-            selection.ids_keep[:count], selection.ids_restore[:count], selection.mask[:count]
-        )
         return replace(
             self,
-            images=self.images[:count],
-            selection=selection,
+            images=self.images[start:stop],
+            selection=PatchSelection(
+                selection.ids_keep[start:stop], selection.ids_restore[start:stop], selection.mask[start:stop]
+            ),
             tokens=cut(self.tokens),
             scores=cut(self.scores),
             errors=cut(self.errors),
@@ -207,7 +216,7 @@ class Hypergradient:
 
         def function(weights: Mapping[str, Tensor]) -> Tensor:
             # Fused attention has neither a forward mode nor a second derivative.
-            with self._precision(), using_attention(autoencoder, "reference"):
+            with self._precision(), eagerly(), using_attention(autoencoder, "reference"):
                 return functional_call(autoencoder, dict(weights), (masked.images, masked.selection))
 
         point = None if masked.step is None else masked.step.point()
@@ -226,24 +235,6 @@ class Hypergradient:
         off = torch.autocast(self._device_type, enabled=False) if self.autocast else nullcontext()
         with off, ieee_float32():
             yield
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """Float32 products without TF32, whose rounding would drown a finite difference.
-
-    cuDNN's convolutions, and with them the patch projection, use TF32 unless told otherwise.
-    """
-    # torch.backends.cudnn replaces itself by an object that has more attributes than the module.
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 def _size(difference: Tensor, mask: Tensor) -> float:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlomae import objectives
+from mlomae.compilation import eagerly
 from mlomae.config import Config, LevelConfig
-from mlomae.data.loader import Batch, Stream
+from mlomae.data.batches import Batch
+from mlomae.data.stream import Stream
 from mlomae.distributed.engine import Engine, trainable
 from mlomae.hypergradient import Hypergradient, MaskedBatch, Metrics
 from mlomae.mlo.best_response import HeadProblem, Weights
@@ -47,11 +49,9 @@ class Level(Generic[Rates]):
         """Norm of the trainable weights, 0-dim; not finite once a step has broken them."""
         return global_norm(parameters_of(self.engine.module))
 
-    def next_batch(self, device: torch.device) -> Batch:
+    def next_batch(self) -> Batch:
         """The stream's next batch, on the device."""
-        batch = self.stream.next()
-        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        return replace(batch, images=batch.images.to(device, non_blocking=True), labels=labels)
+        return self.stream.next()
 
 
 class PretrainLevel(Level[LevelConfig]):
@@ -69,6 +69,7 @@ class PretrainLevel(Level[LevelConfig]):
         self.policy = policy
         self.masking_network = masking_network
         self.preconditions = config.hypergradient.precondition == "adam"
+        self.micro_batches = config.pretrain.micro_batches
 
     @property
     def autoencoder(self) -> MaskedAutoencoder:
@@ -82,18 +83,29 @@ class PretrainLevel(Level[LevelConfig]):
             record: whether the mask level will differentiate this step.
         """
         masked = self.mask(batch)
-        mask = masked.selection.mask
-        errors = self.engine(masked.images, masked.selection)
-        weights = None if masked.scores is None else masked.scores.sigmoid()
-        loss = objectives.pretrain_loss(errors, mask, weights)
+        *parts, last = masked.split(self.micro_batches)
+        losses, errors = [], []
+        for part in parts:
+            loss, found = self._loss(part)
+            self.engine.accumulate(loss)
+            losses.append(loss.detach())
+            errors.append(found)
+        loss, found = self._loss(last)
         lr = self.lr(iteration)
         if record:
             step = self.engine.descend_recorded(loss, lr, slope=self.preconditions)
-            masked = replace(masked, errors=errors.detach(), step=step)
+            masked = replace(masked, errors=torch.cat([*errors, found]), step=step)
         else:
             self.engine.descend(loss, lr)
-        unweighted = objectives.pretrain_loss(errors.detach(), mask, None)
-        return masked, {"loss/pretrain": loss.detach(), "loss/reconstruction": unweighted}
+        unweighted = objectives.pretrain_loss(torch.cat([*errors, found]), masked.selection.mask, None)
+        mean = torch.stack([*losses, loss.detach()]).mean()
+        return masked, {"loss/pretrain": mean, "loss/reconstruction": unweighted}
+
+    def _loss(self, masked: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its errors [B, L] without graph."""
+        errors = self.engine(masked.images, masked.selection)
+        weights = None if masked.scores is None else masked.scores.sigmoid()
+        return objectives.pretrain_loss(errors, masked.selection.mask, weights), errors.detach()
 
     @torch.no_grad()
     def mask(self, batch: Batch) -> MaskedBatch:
@@ -133,7 +145,9 @@ class HeadLevel(Level[LevelConfig]):
         module = self.engine.module
 
         def loss(weights: Weights, features: Tensor, labels: Tensor) -> Tensor:
-            return objectives.head_loss(functional_call(module, weights, (features,)), labels)
+            # Second derivatives of the head are taken, which compiled modules do not have.
+            with eagerly():
+                return objectives.head_loss(functional_call(module, weights, (features,)), labels)
 
         weights = {name: weight.detach() for name, weight in module.named_parameters()}
         return HeadProblem(loss, weights, self.response, self.lr(iteration), self.damping)

@@ -1,12 +1,47 @@
-"""Running means and finiteness checks that stay on the device between log lines."""
+"""Running means and finiteness checks that stay on the device, and how they come to the host unhurried."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mlomae.distributed import collectives
 from mlomae.errors import UserError
+
+
+class ToHost:
+    """A tensor on its way to the host; the device goes on working meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """The tensor, in host memory; waits for it if need be."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
+class Scalars:
+    """0-dim tensors by name, averaged over ranks, on their way to the host."""
+
+    def __init__(self, scalars: Mapping[str, Tensor]) -> None:
+        self._names = sorted(scalars)
+        stacked = torch.stack([scalars[name].to(torch.float64) for name in self._names])
+        (mean,) = collectives.average([stacked])
+        self._values = ToHost(mean)
+
+    def read(self) -> dict[str, float]:
+        """The means by name."""
+        return dict(zip(self._names, self._values.read().tolist(), strict=True))
 
 
 class Meters:
@@ -22,13 +57,11 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def read(self) -> dict[str, float]:
-        """The means over iterations and ranks, by name; resets. One host read."""
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name].to(torch.float64) / self._counts[name] for name in names])
-        (mean,) = collectives.average([stacked])
+    def take(self) -> dict[str, Tensor]:
+        """The means over iterations by name, on the device; starts again."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
-        return dict(zip(names, mean.tolist(), strict=True))
+        return means
 
 
 class FiniteGuard:
@@ -54,13 +87,21 @@ class FiniteGuard:
         Raises:
             UserError: naming the level and the iteration that went wrong first.
         """
-        levels = list(self._first_bad)
-        if not levels:
+        self.judge(self.snapshot())
+
+    def snapshot(self) -> ToHost | None:
+        """What was seen so far on all ranks, on its way to the host; None before anything was."""
+        if not self._first_bad:
+            return None
+        return ToHost(-collectives.maximum(-torch.stack(list(self._first_bad.values()))))
+
+    def judge(self, snapshot: ToHost | None) -> None:
+        """``check`` of an earlier state."""
+        if snapshot is None:
             return
-        first = -collectives.maximum(-torch.stack([self._first_bad[level] for level in levels]))
-        step, position = first.min(dim=0)
+        step, position = snapshot.read().min(dim=0)
         if int(step) < torch.iinfo(torch.int64).max:
-            level = levels[int(position)]
+            level = list(self._first_bad)[int(position)]
             raise UserError(
                 f"{level} level: the loss or the weights are not finite at iteration {int(step)}; "
                 f"checkpoints from before stay; try a lower {level}.lr or set {level}.clip"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from mlomae import checkpoint
 from mlomae.build import build_levels, describe_implementations
+from mlomae.compilation import eagerly
 from mlomae.config import Config
+from mlomae.data.batches import Batch
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
 from mlomae.distributed.engine import state_shapes, weights_of
@@ -18,11 +22,14 @@ from mlomae.distributed.env import World
 from mlomae.errors import UserError
 from mlomae.evaluate import evaluate_features, pixels
 from mlomae.hypergradient import MaskedBatch, Metrics
-from mlomae.levels import mean_of
+from mlomae.levels import Level, mean_of
+from mlomae.logbook import Logbook
 from mlomae.meters import FiniteGuard, Meters
 from mlomae.metrics import MetricsWriter
+from mlomae.precision import resolve_precision
 from mlomae.run_dir import RunDir
 from mlomae.statistics import mask_agreement, score_statistics
+from mlomae.telemetry import Telemetry, run_telemetry
 
 NUM_PREVIEW_IMAGES = 8
 # Scalars on the screen, in order.
@@ -45,9 +52,11 @@ class Trainer:
         self.config = config
         self.run_dir = run_dir
         self.world = world
-        self.loaders = LevelLoaders(config, world.rank, world.size)
+        self.loaders = LevelLoaders(config, world.rank, world.size, world.device)
+        self.precision = resolve_precision(config.compute.precision, world.device, ds_config)
         self.levels = build_levels(config, self.loaders, world, ds_config)
-        self.implementations = describe_implementations(config, self.levels, world)
+        self.implementations = describe_implementations(config, world, self.precision)
+        self.telemetry: Telemetry | None = None
         self.meters = Meters()
         self.guard = FiniteGuard()
         self.iteration = 0
@@ -67,34 +76,48 @@ class Trainer:
             print(self.implementations, flush=True)
         config = self.config
         writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)
+        logbook = Logbook(writer, self.guard)
+        self.telemetry = self._start_telemetry()
+        # What lives now lives to the end: no collection has to look at it again.
+        gc.collect()
+        gc.freeze()
         try:
             while self.iteration < config.iterations:
                 started = time.perf_counter()
                 masked = self.iterate(self.iteration)
                 self.iteration += 1
-                self._finish_iteration(masked, writer, started)
+                self._finish_iteration(masked, writer, logbook, started)
             return self.evaluate()
         finally:
+            gc.unfreeze()
             writer.close()
             self.loaders.close()
 
+    def _start_telemetry(self) -> Telemetry:
+        mask = self.levels.mask
+        estimator = None if mask is None else mask.hypergradient.estimator
+        return run_telemetry(self.config, self.world, self.precision, self.loaders.num_classes, estimator)
+
+    def _next_batch(self, level: Level[Any]) -> Batch:
+        with nullcontext() if self.telemetry is None else self.telemetry.waiting():
+            return level.next_batch()
+
     def iterate(self, iteration: int) -> MaskedBatch:
         """One outer iteration; returns the last pretrain batch with its mask."""
-        device = self.world.device
         levels, unroll_steps = self.levels, self.config.pretrain.unroll_steps
         due = levels.mask is not None and levels.mask.hypergradient.due(iteration)
         steps: list[Metrics] = []
         for number in range(unroll_steps):
-            batch = levels.pretrain.next_batch(device)
+            batch = self._next_batch(levels.pretrain)
             record = due and number == unroll_steps - 1
             masked, metrics = levels.pretrain.step(batch, iteration, record)
             steps.append(metrics)
         scalars = mean_of(steps)
         if levels.mask is not None and levels.head is not None:
-            train = levels.head.next_batch(device)
+            train = self._next_batch(levels.head)
             assert train.labels is not None
             if due:
-                heldout = levels.mask.next_batch(device)
+                heldout = self._next_batch(levels.mask)
                 direction = levels.mask.hypergradient.direction(train, heldout, iteration)
                 features = direction.train_features
             else:
@@ -109,7 +132,9 @@ class Trainer:
         self.meters.add(scalars)
         return masked
 
-    def _finish_iteration(self, masked: MaskedBatch, writer: MetricsWriter, started: float) -> None:
+    def _finish_iteration(
+        self, masked: MaskedBatch, writer: MetricsWriter, logbook: Logbook, started: float
+    ) -> None:
         """Logs, draws and saves where this iteration calls for it."""
         config, done = self.config, self.iteration
         last = done == config.iterations
@@ -123,19 +148,23 @@ class Trainer:
         }
         # The meters are empty at a checkpoint, so that a resumed run logs what an uninterrupted one does.
         due["log"] |= due["checkpoint"]
-        if any(due.values()):
-            # Before anything is written: a broken checkpoint must not replace a good one.
-            self.guard.check()
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        if self.telemetry is not None:
+            self.telemetry.iterated(seconds)
         if due["log"]:
-            self._log(masked, writer)
+            self._log(masked, logbook)
+        if due["checkpoint"] or due["picture"]:
+            # Before anything is written: a broken checkpoint must not replace a good one.
+            logbook.flush()
+            self.guard.check()
         if due["checkpoint"]:
             self.save()
         if due["picture"] and self.world.primary:
             self._draw()
             writer.image(done, self.run_dir.picture)
 
-    def _log(self, masked: MaskedBatch, writer: MetricsWriter) -> None:
+    def _log(self, masked: MaskedBatch, logbook: Logbook) -> None:
         batch_size = self.config.pretrain.batch_size
         (frequency,) = collectives.average([masked.selection.mask.mean(dim=0)])
         statistics = {"mask/agreement": mask_agreement(frequency, batch_size)}
@@ -145,16 +174,12 @@ class Trainer:
             (noiseless,) = collectives.average([noiseless.mean(dim=0)])
             statistics["mask/agreement_noiseless"] = mask_agreement(noiseless, batch_size)
             statistics |= score_statistics(masked.scores, self.config.masking.logit_bound)
-        health = Meters()
-        health.add(statistics)
-        rates = {f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()}
-        scalars = {
-            **self.meters.read(),
-            **health.read(),
-            **rates,
-            "images_per_second": self.images_per_second,
+        figures = {
+            f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()
         }
-        writer.log(self.iteration, scalars, {"mask/frequency": frequency.tolist()})
+        if self.telemetry is not None:
+            figures |= self.telemetry.read()
+        logbook.begin(self.iteration, {**self.meters.take(), **statistics}, frequency, figures)
 
     @property
     def images_per_second(self) -> float:
@@ -173,7 +198,8 @@ class Trainer:
             for channels in (loaders.mean, loaders.std)
         )
         title = f"{config.masking.policy} mask, iteration {self.iteration}"
-        draw_preview(self.run_dir.picture, self.levels.pretrain, images, mean, std, title)
+        with eagerly():
+            draw_preview(self.run_dir.picture, self.levels.pretrain, images, mean, std, title)
 
     def save(self) -> None:
         """Writes a checkpoint and the encoder; called on every rank, written by rank 0."""
@@ -231,7 +257,8 @@ class Trainer:
         encoder, pool = self.levels.pretrain.autoencoder.encoder, self.config.model.pool
 
         def encode(images: Tensor) -> Tensor:
-            return encoder(images, pool=pool)
+            with eagerly():
+                return encoder(images, pool=pool)
 
         result: dict[str, Any] = {
             "policy": self.config.masking.policy,

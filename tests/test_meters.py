@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlomae.errors import UserError
-from mlomae.meters import FiniteGuard, Meters
+from mlomae.meters import FiniteGuard, Meters, Scalars
 
 FINE, BROKEN, ENDLESS = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
 
@@ -15,9 +15,9 @@ def test_meters_give_means_over_iterations_and_start_again() -> None:
     meters = Meters()
     for value in (1.0, 2.0, 6.0):
         meters.add({"b": torch.tensor(value), "a": torch.tensor(10 * value, dtype=torch.float64)})
-    assert meters.read() == {"a": 30.0, "b": 3.0}
+    assert Scalars(meters.take()).read() == {"a": 30.0, "b": 3.0}
     meters.add({"b": torch.tensor(5.0)})
-    assert meters.read() == {"b": 5.0}
+    assert Scalars(meters.take()).read() == {"b": 5.0}
 
 
 def test_meters_keep_values_that_change_later() -> None:
@@ -25,14 +25,14 @@ def test_meters_keep_values_that_change_later() -> None:
     meters.add({"a": value})
     value.fill_(100.0)
     meters.add({"a": torch.tensor(3.0)})
-    assert meters.read() == {"a": 2.0}
+    assert Scalars(meters.take()).read() == {"a": 2.0}
 
 
 def test_meters_hold_no_graph() -> None:
     meters, value = Meters(), torch.tensor(2.0, requires_grad=True)
     meters.add({"a": value * 1})
     meters.add({"a": (value * 1).detach()})
-    assert meters.read() == {"a": 2.0}
+    assert Scalars(meters.take()).read() == {"a": 2.0}
     assert value.grad is None
 
 

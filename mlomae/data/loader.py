@@ -1,122 +1,27 @@
-"""Streams of batches, one per level: batch n is a pure function of n, so a position is one integer."""
+"""The streams of the three levels and the sets behind them."""
 
 from __future__ import annotations
 
-import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from mlomae.config import Config
+from mlomae.data.batches import Batch, OrderedBatches, Subset, iterate
+from mlomae.data.resident import can_be_resident, is_worthwhile, make_resident
 from mlomae.data.sources import Source, open_dataset
 from mlomae.data.splits import make_splits
-from mlomae.data.transforms import NUM_UNIFORMS, Augment, augment, normalise
+from mlomae.data.stream import Stream
+from mlomae.data.transforms import Augment
 from mlomae.errors import UserError
-from mlomae.random import counter_uniform, stream_seed
 
 Level = Literal["pretrain", "head", "mask"]
 Part = Literal["train", "heldout", "test"]
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's share of one global batch."""
-
-    images: Tensor  # float32 [B, C, H, W], normalised
-    labels: Tensor | None  # int64 [B]
-    number: int  # counter of the batch in its stream
-    first_row: int  # position of row 0 in the global batch
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Some images of a source, as normalised tensors of one size."""
-
-    source: Source
-    indices: Tensor  # int64 [n], into the source
-    size: tuple[int, int]  # height, width
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, rows: Tensor, kind: Augment, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images float32 [B, C, H, W] and labels int64 [B] of ``rows`` [B]; u is [B, NUM_UNIFORMS]."""
-        indices = self.indices[rows]
-        stack = self.source.stack
-        images = map(self.source.read, indices.tolist()) if stack is None else stack[indices]
-        labels = None if self.source.labels is None else self.source.labels[indices]
-        return normalise(augment(kind, images, u, self.size), self.mean, self.std), labels
-
-
-class Stream:
-    """An endless stream of a rank's shares of global batches; an epoch's incomplete last batch is dropped.
-
-    Neither the world size nor the number of workers changes what the global batch n holds.
-
-    Raises:
-        UserError: the batch exceeds the set or does not divide over the ranks.
-    """
-
-    def __init__(
-        self, subset: Subset, level: Level, config: Config, kind: Augment, rank: int, world_size: int
-    ) -> None:
-        batch = getattr(config, level).batch_size
-        if batch > len(subset):
-            raise UserError(f"{level}.batch_size: {batch} exceeds its set of {len(subset)} images; lower it")
-        if batch % world_size:
-            raise UserError(
-                f"{level}.batch_size: {batch} is not divisible by the {world_size} ranks; use a multiple"
-            )
-        self._batches = _StreamBatches(
-            subset,
-            kind,
-            order=(config.seed, level, "order"),
-            augment_seed=stream_seed(config.seed, level, "augment"),
-            batch=batch,
-            local=batch // world_size,
-            first_row=rank * (batch // world_size),
-        )
-        self._workers = config.data.workers
-        self._next = 0
-        self._iterator: Generator[Batch, None, None] | None = None
-
-    def next(self) -> Batch:
-        """The next batch of this rank."""
-        if self._iterator is None:
-            self._iterator = _iterate(self._batches, itertools.count(self._next), self._workers)
-        try:
-            batch = next(self._iterator)
-        except BaseException:
-            self.close()  # a retry reads the same batch
-            raise
-        self._next += 1
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The position: number of the next batch. Batches that workers have prefetched do not count."""
-        return {"next": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next = state["next"]
-        self.close()
-
-    def close(self) -> None:
-        """Ends the loader processes; a later ``next`` starts them again at the same position.
-
-        Worth calling: torch's loader waits 5 s per process when it is collected as part of a reference cycle.
-        """
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+CPU = torch.device("cpu")
 
 
 class LevelLoaders:
@@ -129,7 +34,9 @@ class LevelLoaders:
         UserError: the data is missing, damaged, overlapping, too small, or lacks needed labels.
     """
 
-    def __init__(self, config: Config, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, config: Config, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+    ) -> None:
         data = config.data
         self._config = config
         self._dataset = open_dataset(data, config.model.in_chans)
@@ -143,8 +50,12 @@ class LevelLoaders:
             )
         self._splits = make_splits(self._dataset, data)
 
+        self._device = device
+        self._resident: dict[Part, Subset] = {}
+
         def stream(level: Level, part: Part, kind: Augment) -> Stream:
-            return Stream(self._subset(part), level, config, kind, rank, world_size)
+            subset, batch = self._placed(level, part, kind), getattr(config, level).batch_size
+            return Stream(subset, level, batch, config.seed, kind, data.workers, rank, world_size, device)
 
         self.pretrain = stream("pretrain", "train", data.augment)
         self.head = stream("head", "train", data.augment) if learns else None
@@ -166,19 +77,40 @@ class LevelLoaders:
         Every rank gets all of them: ``number`` counts the batches, ``first_row`` is 0.
         """
         subset = self._subset(part)
-        batches = _OrderedBatches(subset, self._config.eval.batch_size)
-        return _iterate(batches, range(len(batches)), self._config.data.workers)
+        batches = OrderedBatches(subset, self._config.eval.batch_size)
+        read = iterate(batches, range(len(batches)), self._config.data.workers)
+        return (batch.normalised(subset) for batch in read)
 
     def sample_images(self, part: Part, count: int) -> Tensor:
         """The first ``count`` images of a set (all if it has fewer): float32 [count, C, H, W], normalised."""
         subset = self._subset(part)
-        return _OrderedBatches(subset, min(count, len(subset))).read(0).images
+        return OrderedBatches(subset, min(count, len(subset))).read(0).normalised(subset).images
 
     def close(self) -> None:
         """Ends the loader processes of all streams."""
         for stream in (self.pretrain, self.head, self.mask):
             if stream is not None:
                 stream.close()
+
+    def _placed(self, level: Level, part: Part, kind: Augment) -> Subset:
+        """The set of a level where its stream reads it: on the device, if ``data.resident`` says so.
+
+        Raises:
+            UserError: it cannot be there.
+        """
+        subset, wanted, config = self._subset(part), self._config.data.resident, self._config
+        if wanted == "always" and not can_be_resident(kind):
+            raise UserError(
+                f"data.resident: always, but data.augment {kind} needs images of their own size; use auto"
+            )
+        per_iteration = config.pretrain.unroll_steps if level == "pretrain" else 1
+        to_read = config.iterations * per_iteration * getattr(config, level).batch_size
+        worthwhile = can_be_resident(kind) and is_worthwhile(subset, config.model.in_chans, to_read)
+        if wanted == "never" or (wanted == "auto" and part not in self._resident and not worthwhile):
+            return subset
+        if part not in self._resident:
+            self._resident[part] = make_resident(subset, self._device)
+        return self._resident[part]
 
     def _subset(self, part: Part) -> Subset:
         if part == "test":
@@ -195,65 +127,3 @@ class LevelLoaders:
 
     def _make_subset(self, source: Source, indices: Tensor) -> Subset:
         return Subset(source, indices, self._config.model.size, self.mean, self.std)
-
-
-class _Batches(TorchDataset[Batch | UserError], ABC):
-    """Whole batches by number. A UserError is returned: raised, a worker would wrap it in a traceback."""
-
-    @abstractmethod
-    def read(self, number: int) -> Batch:
-        """This rank's part of batch ``number``."""
-
-    def __getitem__(self, number: int) -> Batch | UserError:
-        try:
-            return self.read(number)
-        except UserError as error:
-            return error
-
-
-@dataclass(frozen=True)
-class _StreamBatches(_Batches):
-    subset: Subset
-    kind: Augment
-    order: tuple[int, str, str]
-    augment_seed: int
-    batch: int
-    local: int
-    first_row: int
-
-    def read(self, number: int) -> Batch:
-        epoch, position = divmod(number, len(self.subset) // self.batch)
-        start = position * self.batch + self.first_row
-        rows = _permutation(len(self.subset), stream_seed(*self.order, epoch))[start : start + self.local]
-        u = counter_uniform(self.augment_seed, number, self.first_row, (self.local, NUM_UNIFORMS))
-        return Batch(*self.subset.read(rows, self.kind, u), number, self.first_row)
-
-
-@dataclass(frozen=True)
-class _OrderedBatches(_Batches):
-    subset: Subset
-    batch: int
-
-    def __len__(self) -> int:
-        return -(-len(self.subset) // self.batch)
-
-    def read(self, number: int) -> Batch:
-        rows = torch.arange(len(self.subset))[number * self.batch : (number + 1) * self.batch]
-        return Batch(*self.subset.read(rows, "none", torch.zeros(len(rows), NUM_UNIFORMS)), number, 0)
-
-
-@lru_cache(maxsize=4)
-def _permutation(length: int, seed: int) -> Tensor:
-    """int64 [length]; cached because all batches of an epoch share it."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-
-
-def _iterate(batches: _Batches, numbers: Iterable[int], workers: int) -> Generator[Batch, None, None]:
-    # The generator keeps the loader from drawing its (unused) worker seed from the global state.
-    loader = DataLoader(
-        batches, batch_size=None, sampler=numbers, num_workers=workers, generator=torch.Generator()
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch

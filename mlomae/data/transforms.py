@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -53,8 +54,14 @@ def augment(kind: Augment, images: Tensor | Iterable[Tensor], u: Tensor, size: t
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B, C, H, W] → float32 (x / 255 - mean) / std per channel."""
-    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    shift, scale = (_channels(values, images.device) for values in (mean, std))
     return images.to(torch.float32).div_(255).sub_(shift).div_(scale)
+
+
+@lru_cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [C, 1, 1]; cached because a copy to a GPU would make every step wait."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _fit(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -88,7 +95,7 @@ def _crop_flip(images: Tensor, u: Tensor) -> Tensor:
 def _window(u: Tensor, reach: int, side: int) -> Tensor:
     """[B] → [B, side]: pixel positions, moved by a whole number between -reach and reach."""
     offset = (u * (2 * reach + 1)).long() - reach
-    return offset[:, None] + torch.arange(side)
+    return offset[:, None] + torch.arange(side, device=u.device)
 
 
 def _reflect(position: Tensor, side: int) -> Tensor:

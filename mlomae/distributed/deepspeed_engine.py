@@ -14,7 +14,7 @@ from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import merge
 from mlomae.distributed.engine import MOMENTS, build_adamw, set_lr, trainable, weights_of
 from mlomae.distributed.env import World
-from mlomae.distributed.recorder import StepRecord, StepRecorder
+from mlomae.distributed.recorder import StepCounter, StepRecord, StepRecorder
 from mlomae.distributed.zero import PartitionedShardSpace, ReplicatedShardSpace, ShardSpace
 from mlomae.errors import UserError
 from mlomae.mlo.space import TensorSpace, WeightSpace
@@ -52,12 +52,17 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, module: nn.Module, config: LevelConfig, ds_config: dict[str, Any], world: World
+        self,
+        module: nn.Module,
+        config: LevelConfig,
+        ds_config: dict[str, Any],
+        world: World,
+        micro_batches: int = 1,
     ) -> None:
         deepspeed = _import_deepspeed(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False)
-        full = merge(ds_config, config, world.size)
+        full = merge(ds_config, config, world.size, micro_batches)
         _check(deepspeed, full)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(module, config), config=full, dist_init_required=False
@@ -70,10 +75,16 @@ class DeepSpeedEngine:
         precision = ds_config.get("torch_autocast", {})
         self._autocast = bool(precision.get("enabled"))
         self._device_type = world.device.type
+        self._counter = StepCounter(self._base_optimizer)
 
     def __call__(self, *inputs: Any) -> Tensor:
         output: Tensor = self._engine(*inputs)
         return output
+
+    def accumulate(self, loss: Tensor) -> None:
+        # Before the last one, DeepSpeed's step only counts.
+        self._engine.backward(loss)
+        self._engine.step()
 
     def descend(self, loss: Tensor, lr: float) -> None:
         set_lr(self._engine.optimizer, lr)
@@ -91,7 +102,7 @@ class DeepSpeedEngine:
             targets = self._shard_space("").stepped()
         else:
             targets = [parameter for _, parameter in trainable(self.module)]
-        with StepRecorder(self._base_optimizer, targets, slope) as recorder:
+        with StepRecorder(self._base_optimizer, self._counter, targets, slope) as recorder:
             self.descend(loss, lr)
         return recorder.record(self.grad_norm, self._clip)
 
@@ -124,6 +135,7 @@ class DeepSpeedEngine:
         if self._stage:
             for _, parameter in self.module.named_parameters():
                 self._fragments.safe_set_full_fp32_param(parameter, parameter.detach())
+        self._counter.restart(int(state["step"]))
         self._allocate_moments(state["step"])
         if not state["step"]:
             return
@@ -153,7 +165,7 @@ class DeepSpeedEngine:
         for group in self._base_optimizer.param_groups:
             for flat in group["params"]:
                 self._base_optimizer.state[flat] = {
-                    "step": step.clone(),
+                    "step": step.to(flat.device, copy=True),
                     **{key: torch.zeros_like(flat) for key in MOMENTS},
                 }
         self._link_moments()

@@ -16,7 +16,7 @@ from mlomae.errors import UserError
 OWNED_BY_RECIPE = {
     "train_batch_size": "<level>.batch_size",
     "train_micro_batch_size_per_gpu": "<level>.batch_size",
-    "gradient_accumulation_steps": "<level>.batch_size",
+    "gradient_accumulation_steps": "pretrain.micro_batches",
     "optimizer": "<level>.lr, weight_decay, betas, eps",
     "scheduler": "<level>.lr, min_lr, warmup",
     "gradient_clipping": "<level>.clip",
@@ -72,13 +72,15 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def merge(ds_config: dict[str, Any], level: LevelConfig, world_size: int) -> dict[str, Any]:
+def merge(
+    ds_config: dict[str, Any], level: LevelConfig, world_size: int, micro_batches: int = 1
+) -> dict[str, Any]:
     """The complete DeepSpeed configuration of one level: the file's keys and the recipe's."""
     return {
         **ds_config,
         "train_batch_size": level.batch_size,
-        "train_micro_batch_size_per_gpu": level.batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": level.batch_size // (world_size * micro_batches),
+        "gradient_accumulation_steps": micro_batches,
         # Written out: DeepSpeed's own default clips at 1.0.
         "gradient_clipping": level.clip,
         "steps_per_print": 10**9,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mlomae.config import LevelConfig
 from mlomae.distributed import collectives
-from mlomae.distributed.recorder import StepRecord, StepRecorder
+from mlomae.distributed.recorder import StepCounter, StepRecord, StepRecorder
 from mlomae.mlo.space import TensorSpace, WeightSpace
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,8 +38,11 @@ class Engine(Protocol):
     def __call__(self, *inputs: Any) -> Tensor:
         """The module's output in the engine's precision, for a loss given to ``descend``."""
 
+    def accumulate(self, loss: Tensor) -> None:
+        """Backward of a micro-batch before the last one; its gradient counts as one of ``micro_batches``."""
+
     def descend(self, loss: Tensor, lr: float) -> None:
-        """Backward, mean of the gradients over ranks, clipping, one optimizer step."""
+        """Backward, mean of the gradients over micro-batches and ranks, clipping, one optimizer step."""
 
     def descend_recorded(self, loss: Tensor, lr: float, slope: bool) -> StepRecord:
         """``descend``, and where it started, in the engine's weight space.
@@ -79,7 +82,8 @@ def build_adamw(module: nn.Module, config: LevelConfig) -> torch.optim.AdamW:
         {"params": plain, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    # Fused: one pass over weights, gradients and moments, on the CPU too.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -92,11 +96,16 @@ class TorchEngine:
 
     Args:
         mixed: run the passes under bf16 autocast; weights are float32 in any case.
+        micro_batches: losses per step.
     """
 
-    def __init__(self, module: nn.Module, config: LevelConfig, mixed: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, config: LevelConfig, mixed: bool = False, micro_batches: int = 1
+    ) -> None:
         self.module = module
         self.optimizer = build_adamw(module, config)
+        self.micro_batches = micro_batches
+        self._counter = StepCounter(self.optimizer)
         self.clip = config.clip
         self.mixed = mixed
         self.grad_norm: Tensor | None = None
@@ -107,8 +116,11 @@ class TorchEngine:
             output: Tensor = self.module(*inputs)
         return output
 
+    def accumulate(self, loss: Tensor) -> None:
+        (loss / self.micro_batches).backward()
+
     def descend(self, loss: Tensor, lr: float) -> None:
-        loss.backward()
+        self.accumulate(loss)
         gradients = collectives.average(
             [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         )
@@ -123,7 +135,7 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def descend_recorded(self, loss: Tensor, lr: float, slope: bool) -> StepRecord:
-        with StepRecorder(self.optimizer, list(self._parameters), slope) as recorder:
+        with StepRecorder(self.optimizer, self._counter, list(self._parameters), slope) as recorder:
             self.descend(loss, lr)
         return recorder.record(self.grad_norm, self.clip)
 
@@ -143,16 +155,17 @@ class TorchEngine:
             if moments:
                 step = moments["step"]
                 state.update({f"{key}.{name}": moments[key] for key in MOMENTS})
-        return {**state, "step": step}
+        return {**state, "step": step.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.module.load_state_dict(weights_of(state))
+        self._counter.restart(int(state["step"]))
         if not state["step"]:
             self.optimizer.state.clear()
             return
         for name, parameter in trainable(self.module):
             self.optimizer.state[parameter] = {
-                "step": state["step"].clone(),
+                "step": state["step"].to(parameter.device, copy=True),
                 **{key: state[f"{key}.{name}"].to(parameter, copy=True) for key in MOMENTS},
             }
 

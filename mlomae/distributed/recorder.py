@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +26,48 @@ class StepRecord:
     slope: list[Tensor] | None
 
 
+class StepCounter:
+    """Counts the steps of every parameter on the host: a fused optimizer's own count lies on the device.
+
+    Args:
+        optimizer: its steps are counted, also when DeepSpeed takes them, one group at a time.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._before = 0
+        self._since: Counter[int] = Counter()
+        optimizer.register_step_post_hook(self._after)
+
+    def restart(self, steps: int) -> None:
+        """Goes on from a loaded optimizer state."""
+        self._before = steps
+        self._since.clear()
+
+    def number(self, parameter: Tensor) -> int:
+        """Steps that the parameter has taken."""
+        return self._before + self._since[id(parameter)]
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._since.update(
+            id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        )
+
+
 class StepRecorder:
     """Watches the steps of an AdamW optimizer while it is entered.
 
     Args:
         optimizer: its steps are watched, also when DeepSpeed takes them, one group at a time.
+        counter: of the same optimizer.
         targets: the parameters to record, in the order of the record.
         slope: whether to record the slope too.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, targets: list[Tensor], slope: bool) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, counter: StepCounter, targets: list[Tensor], slope: bool
+    ) -> None:
         self._optimizer = optimizer
+        self._counter = counter
         self._targets = targets
         self._wanted = {id(target) for target in targets}
         self._with_slope = slope
@@ -82,7 +114,7 @@ class StepRecorder:
                 settings = {
                     "exp_avg": moments["exp_avg"],
                     "exp_avg_sq": moments["exp_avg_sq"],
-                    "step": int(moments["step"]),
+                    "step": self._counter.number(parameter),
                     "betas": group["betas"],
                     "eps": group["eps"],
                 }

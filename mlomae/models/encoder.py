@@ -5,7 +5,8 @@ Letters: B batch, L patches, K kept patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from timm.layers.mlp import Mlp
@@ -87,13 +88,29 @@ class ViTEncoder(VisionTransformer):
             cls_token = self.cls_token + self.pos_embed[:, :1]
             x = mlomae_kernels.patch_gather(tokens, self.pos_embed[:, 1:], ids_keep, cls_token)
         if pool is None:
-            return self.norm(self.blocks(x))
+            return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
         *blocks, last = self.blocks
-        for block in blocks:
-            x = lean_block(block, x)
+        x = run_blocks(blocks, x, self.grad_checkpointing, lean_block)
         # Where the class token alone is read, the last block computes nothing else.
         x = lean_block(last, x, queries=1 if pool == "cls" else None)
         return pool_features(self.norm(x), pool)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    checkpointing: bool,
+    run: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block(x),
+) -> Tensor:
+    """Tokens [B, N, D] through blocks of one width.
+
+    Args:
+        checkpointing: keep each block's input only and compute it again in the backward pass.
+        run: one block.
+    """
+    for block in blocks:
+        x = _recomputed(partial(run, block), x) if checkpointing else run(block, x)
+    return x
 
 
 def lean_block(block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:

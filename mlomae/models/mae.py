@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mlomae_kernels
 from mlomae.config import ModelConfig
 from mlomae.models.attention import PackedAttention, set_attention
-from mlomae.models.encoder import ViTEncoder, init_linear, sincos_positions
+from mlomae.models.encoder import ViTEncoder, init_linear, run_blocks, sincos_positions
 from mlomae.models.selection import PatchSelection
 
 
@@ -30,6 +30,8 @@ class Decoder(nn.Module):
             Block(width, config.decoder_heads, qkv_bias=True, attn_layer=PackedAttention)
             for _ in range(config.decoder_depth)
         )
+        # By timm's name for it.
+        self.grad_checkpointing = False
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, config.patch_size**2 * config.in_chans)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -49,8 +51,7 @@ class Decoder(nn.Module):
             [B, L, P] or [B, L - K, P] predicted patches.
         """
         x = mlomae_kernels.patch_scatter(self.embed(latent), self.mask_token, ids_restore, self.pos_embed)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        x = run_blocks(self.blocks[:-1], x, self.grad_checkpointing)
         last = self.blocks[-1]
         assert isinstance(last, Block)
         x = x + last.attn(last.norm1(x))
@@ -72,6 +73,10 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Decoder(config, self.encoder.embed_dim)
         self.predicts_all = config.predict == "all"
         set_attention(self, config.attention)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether blocks are computed again in the backward pass instead of keeping their activations."""
+        self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enabled
 
     def reconstruct(
         self, images: Tensor, selection: PatchSelection, ids_removed: Tensor | None = None

@@ -34,6 +34,7 @@ def _any_of(*packages: str) -> Callable[[str], bool]:
         ("webdataset", ("mlomae/data/",)),
         ("triton", ("kernels/mlomae_kernels/dispatch.py", "kernels/mlomae_kernels/triton_ops/")),
         ("tensorboard", ("mlomae/metrics.py",)),
+        ("pynvml", ("mlomae/nvml.py",)),
         ("torch.utils.tensorboard", ("mlomae/metrics.py",)),
     ],
 )

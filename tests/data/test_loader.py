@@ -63,7 +63,7 @@ def test_batches_have_the_promised_form(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("level", ["pretrain", "mask"])
 def test_a_resumed_stream_repeats_the_batches(make_config: MakeConfig, level: str, workers: int) -> None:
     reference = take(getattr(LevelLoaders(make_config(data={"augment": "shift"})), level), 6)
-    config = make_config(data={"augment": "shift", "workers": workers})
+    config = make_config(data={"augment": "shift", "workers": workers, "resident": "never"})
     first = getattr(LevelLoaders(config), level)
     assert_same(take(first, 2), reference[:2])
     state = first.state_dict()
@@ -78,7 +78,7 @@ def test_a_resumed_stream_repeats_the_batches(make_config: MakeConfig, level: st
 def test_close_ends_the_workers_and_keeps_the_position(make_config: MakeConfig) -> None:
     reference = take(LevelLoaders(make_config()).head, 2)
     others = set(multiprocessing.active_children())
-    loaders = LevelLoaders(make_config(data={"workers": 1}))
+    loaders = LevelLoaders(make_config(data={"workers": 1, "resident": "never"}))
     assert_same(take(loaders.head, 1), reference[:1])
     take(loaders.mask, 1)
     assert len(set(multiprocessing.active_children()) - others) == 2
@@ -275,7 +275,8 @@ def test_a_damaged_training_image_is_one_line_naming_it(
     make_config: MakeConfig, tmp_path: Path, fill_folder: Callable[..., None], workers: int
 ) -> None:
     fill_folder(tmp_path / "train" / "a", 60)
-    config = make_config(data={"dataset": "folder", "path": tmp_path, "workers": workers})
+    data = {"dataset": "folder", "path": tmp_path, "workers": workers, "resident": "never"}
+    config = make_config(data=data)
     expected = take(LevelLoaders(config).pretrain, 1)
     loaders = LevelLoaders(config)
     saved = shutil.copytree(tmp_path / "train", tmp_path / "saved")

@@ -74,10 +74,10 @@ def _run(world: World, levels: int, ds_name: str | None) -> dict[str, Any]:
 
 def _mask_step(trainer: Trainer) -> dict[str, Any]:
     """One more step of the mask level, taken apart."""
-    levels, device = trainer.levels, trainer.world.device
+    levels = trainer.levels
     assert levels.mask is not None and levels.head is not None
-    masked = levels.pretrain.mask(levels.pretrain.next_batch(device))
-    train, heldout = levels.head.next_batch(device), levels.mask.next_batch(device)
+    masked = levels.pretrain.mask(levels.pretrain.next_batch())
+    train, heldout = levels.head.next_batch(), levels.mask.next_batch()
     before = _weights(levels.pretrain.engine.module)
     direction = levels.mask.hypergradient.direction(train, heldout, ITERATIONS - 2)
     influence, _ = levels.mask.hypergradient.influence(masked, direction)

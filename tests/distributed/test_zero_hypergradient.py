@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlomae.config import Config
-from mlomae.data.loader import Batch
+from mlomae.data.batches import Batch
 from mlomae.distributed import collectives
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlomae.cli import main
-from mlomae.data.loader import Subset
+from mlomae.data.batches import Subset
 from mlomae.errors import UserError
 from mlomae.trainer import Trainer
 from tests.integration.tiny import read_metrics, tiny_config, train, without_pictures, write_recipe

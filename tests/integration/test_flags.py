@@ -235,7 +235,7 @@ def test_in_chans_must_suit_the_data_and_reaches_the_model(fill_images: Callable
     for in_chans in (1, 3):
         fields = {"data.dataset": "folder", "data.path": folder, "model.in_chans": in_chans}
         trainer = build(fields)
-        images = trainer.levels.pretrain.next_batch(torch.device("cpu")).images
+        images = trainer.levels.pretrain.next_batch().images
         shapes[in_chans] = (
             images.shape[1],
             trainer.levels.pretrain.autoencoder.encoder.patch_embed.proj.in_channels,

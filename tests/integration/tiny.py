@@ -14,6 +14,7 @@ from PIL import Image
 from mlomae.config import Config
 from mlomae.distributed.env import World, join_world
 from mlomae.run_dir import RunDir
+from mlomae.telemetry import FIGURES
 from mlomae.trainer import Trainer
 
 Fields = Mapping[str, Any]
@@ -41,7 +42,7 @@ TINY: dict[str, Any] = {
     "hypergradient.every": 1,
 }
 # Numbers of the clock, which no two runs share.
-TIMINGS = ("seconds", "images_per_second")
+TIMINGS = ("seconds", *FIGURES)
 
 
 def tiny_tree(fields: Fields) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlomae import objectives
 from mlomae.config import Config
-from mlomae.data.loader import Batch
+from mlomae.data.batches import Batch
 from mlomae.distributed.engine import TorchEngine, trainable
 from mlomae.hypergrad_check import mask_gradient
 from mlomae.hypergradient import MaskedBatch

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlomae.distributed.recorder import StepRecorder
+from mlomae.distributed.recorder import StepCounter, StepRecorder
 from mlomae.mlo.adamw import adamw_slope
 
 F64 = torch.float64
@@ -33,7 +33,7 @@ def test_slope_is_the_derivative_of_a_step_that_torch_takes(steps: int) -> None:
     gradients = [torch.randn(20, dtype=F64) for _ in range(steps)]
     weight = start.clone().requires_grad_()
     optimizer = _optimizer(weight)
-    recorder = StepRecorder(optimizer, [weight], slope=True)
+    recorder = StepRecorder(optimizer, StepCounter(optimizer), [weight], slope=True)
     for number, gradient in enumerate(gradients):
         weight.grad = gradient.clone()
         if number == steps - 1:
@@ -64,23 +64,27 @@ def test_recorder_leaves_no_hook_behind_and_knows_who_did_not_step() -> None:
     moved, still = (torch.randn(4, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.AdamW([moved, still])
     moved.grad = torch.ones(4)
-    with StepRecorder(optimizer, [moved, still], slope=True) as recorder:
+    counter = StepCounter(optimizer)
+    hooks = dict(optimizer._optimizer_step_post_hooks)
+    with StepRecorder(optimizer, counter, [moved, still], slope=True) as recorder:
         optimizer.step()
     record = recorder.record(None, 0.0)
     assert record.slope is not None
     point = record.point()
     assert torch.equal(point[1], still.detach()) and not record.slope[1].any()
     assert not torch.equal(point[0], moved.detach())
-    assert not optimizer._optimizer_step_post_hooks
+    assert optimizer._optimizer_step_post_hooks == hooks
+    assert (counter.number(moved), counter.number(still)) == (1, 0)
 
 
 def test_point_of_a_float32_step_is_right_to_rounding() -> None:
     weight = torch.randn(1000, requires_grad=True)
     optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
+    counter = StepCounter(optimizer)
     for _ in range(4):
         weight.grad = torch.randn(1000)
         before = weight.detach().clone()
-        with StepRecorder(optimizer, [weight], slope=False) as recorder:
+        with StepRecorder(optimizer, counter, [weight], slope=False) as recorder:
             optimizer.step()
     record = recorder.record(None, 0.0)
     assert record.slope is None

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
 
 from mlomae import objectives
-from mlomae.data.loader import Batch
+from mlomae.data.batches import Batch
 from mlomae.distributed.engine import TorchEngine
 from mlomae.hypergradient import START_RADIUS
 from mlomae.levels import parameters_of

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mlomae import objectives
-from mlomae.hypergradient import ieee_float32
 from mlomae.levels import parameters_of
 from mlomae.mlo.space import perturbation
+from mlomae.precision import ieee_float32
 from tests.mlo.problem import ITERATION, Named, Problem, TensorStream, detached, flat, relative_error
 
 

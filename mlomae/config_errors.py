@@ -1,0 +1,53 @@
+"""Validation errors of the configuration in words for users."""
+
+from __future__ import annotations
+
+import difflib
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+# Problems that pydantic words for programmers.
+PLAIN = {
+    "model_type": "expected a mapping of fields",
+    "path_type": "expected a path (./1 for a folder called 1)",
+}
+
+
+def describe(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem of a validation error as ``field: what was found, what would be right``.
+
+    Args:
+        root: the tree that was validated.
+    """
+    errors = error.errors()
+    first = errors[0]
+    if isinstance(first["input"], list):
+        # Of a number or a list, the list is what was meant.
+        first = next((e for e in errors if any("[" in str(part) for part in e["loc"])), first)
+    names = [str(part) for part in first["loc"] if not _is_union_tag(part)]
+    field = ".".join(names) or "config"
+    if first["type"] == "extra_forbidden":
+        known = _fields_of_section(root, names[:-1])
+        near = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}"
+    if first["type"] == "value_error":
+        return f"{field}: {first['ctx']['error']}"
+    message = PLAIN.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    return f"{field}: {message}, found {first['input']!r}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("int", "constrained-int"))
+
+
+def _fields_of_section(root: type[BaseModel], names: list[str]) -> list[str]:
+    section: Any = root
+    for name in names:
+        annotation = section.model_fields[name].annotation
+        if get_origin(annotation) in (Union, UnionType):
+            annotation = get_args(annotation)[0]
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,63 @@
+"""What a run says about itself while it works: a line per interval, written once its numbers have arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mlomae.meters import FiniteGuard, Scalars, ToHost
+from mlomae.metrics import MetricsWriter
+
+
+@dataclass(frozen=True)
+class _Entry:
+    step: int
+    scalars: Scalars
+    frequency: ToHost
+    figures: dict[str, float]
+    guard: ToHost | None
+
+
+class Logbook:
+    """Log lines on their way from the device to the writer: a line waits until the next one, or ``flush``.
+
+    Args:
+        writer: of the lines.
+        guard: judged with every line, as it was when the line was begun.
+    """
+
+    def __init__(self, writer: MetricsWriter, guard: FiniteGuard) -> None:
+        self._writer = writer
+        self._guard = guard
+        self._entry: _Entry | None = None
+
+    def begin(
+        self, step: int, scalars: Mapping[str, Tensor], frequency: Tensor, figures: Mapping[str, float]
+    ) -> None:
+        """Sends one line's numbers to the host; called on all ranks together, without waiting.
+
+        Args:
+            scalars: 0-dim, on the device; averaged over ranks.
+            frequency: [L], the same on all ranks.
+            figures: known on the host.
+        """
+        self.flush()
+        self._entry = _Entry(step, Scalars(scalars), ToHost(frequency), dict(figures), self._guard.snapshot())
+
+    def flush(self) -> None:
+        """Writes the line that waits, if there is one.
+
+        Raises:
+            UserError: a level was not finite when it was begun.
+        """
+        entry, self._entry = self._entry, None
+        if entry is None:
+            return
+        self._guard.judge(entry.guard)
+        self._writer.log(
+            entry.step,
+            {**entry.scalars.read(), **entry.figures},
+            {"mask/frequency": entry.frequency.read().tolist()},
+        )
