@@ -7,6 +7,7 @@ used on a device and why.
 
 from mlomae_kernels.dispatch import describe, implementation
 from mlomae_kernels.ops.attention import attention
+from mlomae_kernels.ops.linear import linear
 from mlomae_kernels.ops.masked_patch_loss import masked_patch_loss
 from mlomae_kernels.ops.patch_gather import patch_gather
 from mlomae_kernels.ops.patch_scatter import patch_scatter
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "describe",
     "implementation",
+    "linear",
     "masked_patch_loss",
     "patch_gather",
     "patch_scatter",

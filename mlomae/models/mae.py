@@ -14,6 +14,7 @@ import mlomae_kernels
 from mlomae.config import ModelConfig
 from mlomae.models.attention import PackedAttention, set_attention
 from mlomae.models.encoder import ViTEncoder, init_linear, run_blocks, sincos_positions
+from mlomae.models.linear import replace_linear_layers
 from mlomae.models.selection import PatchSelection
 
 
@@ -72,6 +73,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = ViTEncoder(config.arch, config.size, config.patch_size, config.in_chans)
         self.decoder = Decoder(config, self.encoder.embed_dim)
         self.predicts_all = config.predict == "all"
+        replace_linear_layers(self)
         set_attention(self, config.attention)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
