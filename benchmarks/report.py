@@ -100,6 +100,12 @@ class Report:
 
     def check(self, *bars: Bar) -> None:
         """Shows and records the bars, then fails the benchmark if one is missed."""
+        self.add(*bars)
+        missed = [bar for bar in bars if not bar.met]
+        assert not missed, missed
+
+    def add(self, *bars: Bar) -> None:
+        """Shows and records the bars."""
         self._bars += bars
         rows = [
             {"bar": bar.what, "found": bar.value, "": bar.relation, "bound": bar.bound,
@@ -107,8 +113,6 @@ class Report:
             for bar in bars
         ]  # fmt: skip
         self._show("bars", rows)
-        missed = [bar for bar in bars if not bar.met]
-        assert not missed, missed
 
     def write(self, folder: Path) -> None:
         """Writes a new record, if there is anything to record; one that exists is never touched."""
@@ -128,16 +132,24 @@ class Report:
         self.say(f"recorded {folder.name}/{name}")
 
     def _show(self, title: str, rows: Sequence[Row]) -> None:
-        # A Markdown table: readable here, and in a document as it is.
-        table = Table(*rows[0], box=box.MARKDOWN)
-        for row in rows:
-            table.add_row(*(_text(cell) for cell in row.values()))
-        self._print(f"{self.name}: {title}", table)
+        self._print(f"{self.name}: {title}", markdown(rows))
 
     def _print(self, *what: str | Table) -> None:
         with self._uncaptured():
             console = Console(file=sys.stdout, width=160, color_system=None, markup=False, highlight=False)
             console.print("", *what, sep="\n")
+
+
+OpenReport = Callable[[str, str], AbstractContextManager[Report]]
+"""(name, test or file that regenerates it) → the report; what a benchmark of several tests opens once."""
+
+
+def markdown(rows: Sequence[Row]) -> Table:
+    """Rows with the same keys as a Markdown table: readable on a screen, and in a document as it is."""
+    table = Table(*rows[0], box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(*(_text(cell) for cell in row.values()))
+    return table
 
 
 def _measured(machine: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``mlomae train --config FILE --section.field value …`` and ``mlomae hypergrad-check``."""
+"""The command line: ``mlomae train --config FILE --section.field value …``, and commands beside it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] == "hypergrad-check":
             return _check_hypergradient(words[1:])
+        if words and words[0] == "profile":
+            return _profile(words[1:])
         return _train(words)
     except UserError as error:
         print(f"mlomae: error: {error}", file=sys.stderr)
@@ -63,13 +65,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _check_hypergradient(argv: Sequence[str]) -> int:
-    # First of all words: later ones may be values of fields, which the parser does not know.
-    run = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    known, rest = _check_parser().parse_known_args(argv if run is None else argv[1:])
-    if (run is None) == (known.config is None):
-        raise UserError("hypergrad-check: give a run directory or --config FILE; see hypergrad-check --help")
-    path = known.config if run is None else run / "config.yaml"
-    config = load_config(path, _overrides(rest))
+    run, known, config = _run_or_recipe("hypergrad-check", _check_parser(), argv)
     from mlomae.hypergrad_check import check, rows
     from mlomae.hypergrad_view import draw, show
     from mlomae.run_dir import RunDir, to_json
@@ -87,6 +83,49 @@ def _check_hypergradient(argv: Sequence[str]) -> int:
         draw(result, plot)
         print(f"plot: {plot}", file=sys.stderr if known.json else sys.stdout)
     return EXIT_OK
+
+
+def _profile(argv: Sequence[str]) -> int:
+    run, known, config = _run_or_recipe("profile", _profile_parser(), argv)
+    if known.deepspeed_config not in (None, "no"):
+        given = known.deepspeed_config
+        raise UserError(f"--deepspeed_config {given}: profile runs plain torch engines only; leave it out")
+    trace = known.trace or (run or Path()) / "profile.json.gz"
+    from mlomae.profile_view import check_writable, packed, show, values, write
+    from mlomae.profiling import profile_run
+    from mlomae.run_dir import RunDir, to_json
+
+    files = {"trace": trace} | ({"plot": known.plot} if known.plot else {})
+    for name, path in files.items():
+        check_writable(f"--{name}", path)
+    with tempfile.TemporaryDirectory() as empty:
+        # A recipe starts at its beginning, whatever its own run directory holds.
+        result = profile_run(config, RunDir(run or Path(empty), config), known.iterations)
+    write("--trace", trace, packed(trace, result.trace))
+    if known.plot:
+        from mlomae.profile_plot import draw
+
+        write("--plot", known.plot, draw(result))
+    if known.json:
+        print(to_json(values(result), indent=2))
+    else:
+        show(result)
+    for name, path in files.items():
+        print(f"{name}: {path}", file=sys.stderr if known.json else sys.stdout)
+    return EXIT_OK
+
+
+def _run_or_recipe(
+    command: str, parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[Path | None, argparse.Namespace, Config]:
+    """The run directory, if that is the first word; the command's own options; the configuration."""
+    # First of all words: later ones may be values of fields, which the parser does not know.
+    run = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    known, rest = parser.parse_known_args(argv if run is None else argv[1:])
+    if (run is None) == (known.config is None):
+        raise UserError(f"{command}: give a run directory or --config FILE; see {command} --help")
+    path = known.config if run is None else run / "config.yaml"
+    return run, known, load_config(path, _overrides(rest))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "command", choices=["train"], metavar="command",
-        help="train: pretrain and evaluate one run; hypergrad-check: see `mlomae hypergrad-check --help`",
+        help="train: pretrain and evaluate one run; others: see `mlomae hypergrad-check --help` and "
+        "`mlomae profile --help`",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(
@@ -137,6 +177,32 @@ def _check_parser() -> argparse.ArgumentParser:
         help="PNG of error against radius and price (default: hypergradient.png in RUN, or here; "
         "with --json, none)",
     )  # fmt: skip
+    return parser
+
+
+def _profile_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mlomae profile",
+        usage="mlomae profile RUN | --config FILE [options]",
+        description="Shows where the time of an outer iteration goes, after the last checkpoint of a run or "
+        "at the beginning of a recipe: by part, by kind of operation, and the most expensive operators. "
+        "Nothing in the run directory changes but the trace. Every other field of the configuration is a "
+        "flag, as in train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML, instead of a run")
+    parser.add_argument(
+        "--iterations", type=_positive, metavar="N",
+        help="outer iterations to profile (default: hypergradient.every, a full cycle)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE",
+        help="trace for chrome://tracing or ui.perfetto.dev, packed if it ends in .gz "
+        "(default: profile.json.gz in RUN, or here)",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of one outer iteration as a timeline")
+    parser.add_argument("--json", action="store_true", help="print one object instead of the tables")
+    parser.add_argument("--deepspeed_config", "--deepspeed-config", metavar="no", help=argparse.SUPPRESS)
     return parser
 
 

@@ -27,6 +27,7 @@ from mlomae.mlo.space import global_norm
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import MaskingNetwork
 from mlomae.models.selection import MaskPolicy
+from mlomae.ranges import profiled
 
 Rates = TypeVar("Rates", bound=LevelConfig)
 
@@ -82,7 +83,8 @@ class PretrainLevel(Level[LevelConfig]):
         Args:
             record: whether the mask level will differentiate this step.
         """
-        masked = self.mask(batch)
+        with profiled("selection"):
+            masked = self.mask(batch)
         *parts, last = masked.split(self.micro_batches)
         losses, errors = [], []
         for part in parts:
@@ -92,20 +94,22 @@ class PretrainLevel(Level[LevelConfig]):
             errors.append(found)
         loss, found = self._loss(last)
         lr = self.lr(iteration)
-        if record:
-            step = self.engine.descend_recorded(loss, lr, slope=self.preconditions)
-            masked = replace(masked, errors=torch.cat([*errors, found]), step=step)
-        else:
-            self.engine.descend(loss, lr)
+        with profiled("pretrain/descend"):
+            if record:
+                step = self.engine.descend_recorded(loss, lr, slope=self.preconditions)
+                masked = replace(masked, errors=torch.cat([*errors, found]), step=step)
+            else:
+                self.engine.descend(loss, lr)
         unweighted = objectives.pretrain_loss(torch.cat([*errors, found]), masked.selection.mask, None)
         mean = torch.stack([*losses, loss.detach()]).mean()
         return masked, {"loss/pretrain": mean, "loss/reconstruction": unweighted}
 
     def _loss(self, masked: MaskedBatch) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch, and its errors [B, L] without graph."""
-        errors = self.engine(masked.images, masked.selection)
-        weights = None if masked.scores is None else masked.scores.sigmoid()
-        return objectives.pretrain_loss(errors, masked.selection.mask, weights), errors.detach()
+        with profiled("pretrain/forward"):
+            errors = self.engine(masked.images, masked.selection)
+            weights = None if masked.scores is None else masked.scores.sigmoid()
+            return objectives.pretrain_loss(errors, masked.selection.mask, weights), errors.detach()
 
     @torch.no_grad()
     def mask(self, batch: Batch) -> MaskedBatch:
@@ -134,10 +138,11 @@ class HeadLevel(Level[LevelConfig]):
 
     def step(self, features: Tensor, labels: Tensor, iteration: int) -> Metrics:
         """One optimizer step of the head; the features [B, D] are constant."""
-        logits = self.engine(features)
-        loss = objectives.head_loss(logits, labels)
-        self.engine.descend(loss, self.lr(iteration))
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        with profiled("head/step"):
+            logits = self.engine(features)
+            loss = objectives.head_loss(logits, labels)
+            self.engine.descend(loss, self.lr(iteration))
+            accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return {"loss/head": loss.detach(), "accuracy/head": accuracy}
 
     def problem(self, iteration: int) -> HeadProblem:
@@ -167,11 +172,13 @@ class MaskLevel(Level[LevelConfig]):
     def step(self, masked: MaskedBatch, direction: Direction, iteration: int) -> Metrics:
         """One optimizer step of the masking network."""
         part = masked.first(self.share)
-        influence, metrics = self.hypergradient.influence(part, direction)
-        probability = self.engine(part.tokens).sigmoid()
-        lr = self.pretrain.lr(iteration)
-        loss = objectives.mask_loss(probability, part.selection.mask, influence, lr)
-        self.engine.descend(loss, self.lr(iteration))
+        with profiled("influence"):
+            influence, metrics = self.hypergradient.influence(part, direction)
+        with profiled("mask/step"):
+            probability = self.engine(part.tokens).sigmoid()
+            lr = self.pretrain.lr(iteration)
+            loss = objectives.mask_loss(probability, part.selection.mask, influence, lr)
+            self.engine.descend(loss, self.lr(iteration))
         norm = torch.as_tensor(self.engine.grad_norm, dtype=torch.float32, device=influence.device)
         return {"loss/mask": direction.heldout_loss, "hypergradient/norm": norm, **metrics}
 

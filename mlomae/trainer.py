@@ -27,6 +27,7 @@ from mlomae.logbook import Logbook
 from mlomae.meters import FiniteGuard, Meters
 from mlomae.metrics import MetricsWriter
 from mlomae.precision import resolve_precision
+from mlomae.ranges import profiled
 from mlomae.run_dir import RunDir
 from mlomae.statistics import mask_agreement, score_statistics
 from mlomae.telemetry import Telemetry, run_telemetry
@@ -99,7 +100,8 @@ class Trainer:
         return run_telemetry(self.config, self.world, self.precision, self.loaders.num_classes, estimator)
 
     def _next_batch(self, level: Level[Any]) -> Batch:
-        with nullcontext() if self.telemetry is None else self.telemetry.waiting():
+        waiting = nullcontext() if self.telemetry is None else self.telemetry.waiting()
+        with waiting, profiled("data"):
             return level.next_batch()
 
     def iterate(self, iteration: int) -> MaskedBatch:
@@ -118,10 +120,11 @@ class Trainer:
             assert train.labels is not None
             if due:
                 heldout = self._next_batch(levels.mask)
-                direction = levels.mask.hypergradient.direction(train, heldout, iteration)
+                with profiled("direction"):
+                    direction = levels.mask.hypergradient.direction(train, heldout, iteration)
                 features = direction.train_features
             else:
-                with torch.no_grad():
+                with torch.no_grad(), profiled("head/features"):
                     features = levels.mask.hypergradient.features(train.images)
             scalars |= levels.head.step(features, train.labels, iteration)
             if due:

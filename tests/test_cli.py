@@ -274,6 +274,29 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert {f"--{name}" for name in flatten(Config().model_dump())} <= shown
 
 
+@pytest.mark.parametrize("command", ["hypergrad-check", "profile"])
+def test_commands_beside_training_explain_themselves(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([command, "--help"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mlomae {command} RUN | --config FILE [options]\n")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"`mlomae {command} --help`" in " ".join(capsys.readouterr().out.split())
+
+    recipe = write_recipe(tmp_path / "tiny.yaml", {})
+    for arguments, message in (
+        (["--itertions", "3"], "itertions: unknown key; did you mean 'iterations'?"),
+        (["--masking.ratio", "2"], "masking.ratio: input should be less than 1, found 2"),
+        (["junk"], "argument 'junk': expected --section.field value"),
+    ):
+        assert main([command, "--config", str(recipe), *arguments]) == 2
+        assert capsys.readouterr() == ("", f"mlomae: error: {message}\n")
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
 def test_a_saved_configuration_can_be_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

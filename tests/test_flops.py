@@ -24,6 +24,7 @@ from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.selection import MaskPolicy
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
+from mlomae_kernels.ops import linear
 from tests.integration.tiny import tiny_config
 
 NUM_CLASSES = 10
@@ -31,6 +32,12 @@ SMALL = {
     "model.arch": "vit_pico", "model.img_size": [8, 16], "model.patch_size": 4, "model.in_chans": 2,
     "model.decoder_dim": 24, "model.decoder_depth": 3, "model.decoder_heads": 2, "masking.ratio": 0.6,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def countable_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's counter does not know oneDNN's products."""
+    monkeypatch.setattr(linear, "one_dnn_pays", lambda: False)
 
 
 class _Total:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 import time
@@ -150,12 +151,14 @@ class _Total:
 
 
 def _count_flops(peer: Peer, first: int, cycle: int) -> float:
-    # torch's table has the GPU's fused attention only; the CPU's would count as nothing.
-    attention = {
+    # Not in torch's table: the CPU's fused attention, and oneDNN's products.
+    missing = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    if (linear := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is not None:
+        missing[linear] = _linear_flops
+    counter = FlopCounterMode(display=False, custom_mapping=missing)
     counter.mod_tracker = _Total()
     with counter:
         for number in range(first, first + cycle):
@@ -174,6 +177,10 @@ def _attention_backward_flops(
     grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object
 ) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _linear_flops(x: Shape, weight: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 def _memory(name: str) -> int:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mlomae.config import Config, load_config
-from mlomae.data.loader import Batch
+from mlomae.data.batches import Batch
 from mlomae.models.encoder import SIZES as ENCODERS
 from mlomae.models.encoder import num_pooled
 from mlomae.models.head import ClassifierHead
@@ -64,6 +64,12 @@ SIZES = {
         {"model.arch": "vit_base", "model.patch_size": "2", "model.decoder_dim": "512",
          "model.decoder_depth": "8", "model.decoder_heads": "16"},
         batch=8, processes=1, rounds=2, warm_up=1,
+    ),
+    # ImageNet's images; for plain steps.
+    "vit-b16": Size(
+        {"model.arch": "vit_base", "model.img_size": "224", "model.patch_size": "16",
+         "model.decoder_dim": "512", "model.decoder_depth": "8", "model.decoder_heads": "16"},
+        batch=8, processes=4, rounds=3, warm_up=1,
     ),
 }  # fmt: skip
 

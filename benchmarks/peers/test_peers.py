@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
-from benchmarks.environment import ROOT
 from benchmarks.peers.problem import SIZES
+from benchmarks.peers.processes import Found, ratio, require_packages, run_peer, wall
 from benchmarks.report import Bar, Report, Row
 
-PACKAGES = ROOT / ".venv-peers"
-INSTALL = (
-    "pip install --no-deps --ignore-requires-python --target .venv-peers -r benchmarks/peers/requirements.txt"
-)
+pytestmark = pytest.mark.study
+
 # Name in the tables → module and its arguments. In this order within a round.
 PEERS: dict[str, tuple[str, ...]] = {
     "ours, full": ("ours_peer", "--variant", "full"),
@@ -36,23 +29,6 @@ MAX_OVER_PLAIN = {"ours, full": 3.4, "ours, default": 2.0}
 # glibc keeps freed blocks for later, which counts as resident. Told to return them at once, it is slower
 # and its resident set is what lives, as a GPU's allocator would count it.
 _RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-_TIMEOUT_S = 3600
-
-Found = dict[str, Any]
-"""A ``Measurement`` as read from a process."""
-
-
-def _run(peer: str, size: str, *options: str, environment: dict[str, str] | None = None) -> Found:
-    module, *arguments = PEERS[peer]
-    command = [sys.executable, "-m", f"benchmarks.peers.{module}", *arguments, "--size", size, *options]
-    # The folder of peers is on the path of these processes only, and no GPU is visible.
-    path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
-    settings = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    settings |= environment or {}
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command[1:])} exited with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _row(peer: str, runs: Sequence[Found], lean: Found, batch: int) -> Row:
@@ -60,7 +36,7 @@ def _row(peer: str, runs: Sequence[Found], lean: Found, batch: int) -> Row:
     package = [f"{name} {version}" for name, version in runs[0]["versions"].items() if name != "torch"]
     return {
         "per outer iteration": peer,
-        "wall, s": _wall(runs),
+        "wall, s": wall(runs),
         "CPU, s": statistics.median(seconds for run in runs for seconds in run["cpu"]),
         "GFLOP": flops / 1e9,
         "GFLOP/sample": flops / 1e9 / batch,
@@ -70,20 +46,11 @@ def _row(peer: str, runs: Sequence[Found], lean: Found, batch: int) -> Row:
     }
 
 
-def _wall(runs: Sequence[Found]) -> float:
-    return statistics.median(seconds for run in runs for seconds in run["wall"])
-
-
-def _ratio(above: Sequence[Found], below: Sequence[Found]) -> float:
-    """Median over the rounds of the ratio of wall times, both of one round."""
-    return statistics.median(_wall([a]) / _wall([b]) for a, b in zip(above, below, strict=True))
-
-
 def _bars(found: dict[str, list[Found]], lean: dict[str, Found]) -> list[Bar]:
     betty, plain = found["betty"], found["ours, plain MAE"]
     return [
         *(
-            Bar(f"wall, betty / {peer}", _ratio(betty, found[peer]), ">=", bound)
+            Bar(f"wall, betty / {peer}", ratio(betty, found[peer]), ">=", bound)
             for peer, bound in MIN_SPEED_UP.items()
         ),
         Bar(
@@ -93,16 +60,15 @@ def _bars(found: dict[str, list[Found]], lean: dict[str, Found]) -> list[Bar]:
             MAX_PEAK,
         ),
         *(
-            Bar(f"wall, {peer} / as many plain MAE steps", _ratio(found[peer], plain), "<=", bound)
+            Bar(f"wall, {peer} / as many plain MAE steps", ratio(found[peer], plain), "<=", bound)
             for peer, bound in MAX_OVER_PLAIN.items()
         ),
     ]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["tiny", "vit-b"])
 def test_peers(size: str, report: Report, request: pytest.FixtureRequest) -> None:
-    if not (PACKAGES / "betty").is_dir() or not (PACKAGES / "transformers").is_dir():
-        pytest.skip(f"betty-ml and transformers are not installed; {INSTALL}")
+    require_packages("betty", "transformers")
     smoke = request.config.getoption("iterations")
     chosen = SIZES[size]
     processes, rounds = (chosen.processes, chosen.rounds) if smoke is None else (1, smoke)
@@ -111,9 +77,9 @@ def test_peers(size: str, report: Report, request: pytest.FixtureRequest) -> Non
         # In turn, so that a change in the machine's load meets all of them.
         for peer, runs in found.items():
             counted = () if process else ("--flops",)
-            runs.append(_run(peer, size, "--rounds", str(rounds), *counted))
+            runs.append(run_peer(PEERS[peer], size, "--rounds", str(rounds), *counted))
 
-    lean = {peer: _run(peer, size, "--memory", environment=_RETURN_AT_ONCE) for peer in PEERS}
+    lean = {peer: run_peer(PEERS[peer], size, "--memory", environment=_RETURN_AT_ONCE) for peer in PEERS}
 
     unmoved = [peer for peer in MULTILEVEL for run in found[peer] if not run["mask_moved"]]
     assert not unmoved, f"the masking network did not learn: {unmoved}"
@@ -121,7 +87,7 @@ def test_peers(size: str, report: Report, request: pytest.FixtureRequest) -> Non
     report.table(
         f"{size}: {_describe(size)}, {processes} processes of {rounds} rounds each, medians",
         [
-            {**_row(peer, runs, lean[peer], chosen.batch), "x plain MAE": _ratio(runs, plain)}
+            {**_row(peer, runs, lean[peer], chosen.batch), "x plain MAE": ratio(runs, plain)}
             for peer, runs in found.items()
         ],
     )

@@ -11,7 +11,6 @@ from benchmarks.peers.measure import Peer, main
 from benchmarks.peers.problem import ReadAhead
 from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
-from mlomae.distributed.engine import build_adamw
 from mlomae.models.encoder import SIZES
 
 
@@ -21,7 +20,10 @@ def build(config: Config, folder: Path, iterations: int) -> Peer:
     stream = ReadAhead(LevelLoaders(config).pretrain, steps * iterations)
     torch.manual_seed(config.seed)
     model = ViTMAEForPreTraining(_translate(config)).train()
-    optimizer = build_adamw(model, config.pretrain)
+    rates = config.pretrain
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rates.lr, betas=rates.betas, weight_decay=rates.weight_decay
+    )
 
     def iterate(number: int) -> None:
         for _ in range(steps):

@@ -13,6 +13,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mlomae_kernels
@@ -130,10 +131,18 @@ def lean_block(block: nn.Module, x: Tensor, queries: int | None = None) -> Tenso
     assert isinstance(block, Block) and isinstance(block.attn, PackedAttention)
     attention, mlp = block.attn, block.mlp
     assert isinstance(mlp, Mlp)
-    qkv = _recomputed(lambda x: attention.qkv(block.norm1(x)), x)
+    qkv = _recomputed(lambda x: _plain_linear(attention.qkv, block.norm1(x)), x)
     x = x[:, :queries] + attention.attend(qkv, queries)
-    hidden = _recomputed(lambda x: mlp.fc1(block.norm2(x)), x)
-    return x + _recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), hidden)
+    hidden = _recomputed(lambda x: _plain_linear(mlp.fc1, block.norm2(x)), x)
+    return x + _recomputed(lambda hidden: _plain_linear(mlp.fc2, mlp.act(hidden)), hidden)
+
+
+def _plain_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """torch's own product. It saves its input before it multiplies, where recomputation stops: the product of
+    ``mlomae_kernels.linear``, a Python function of autograd's, would be taken a second time.
+    """
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -122,21 +122,24 @@ def test_a_broken_test_part_is_noticed_by_the_evaluation_only(
         Trainer.evaluate(trainer)
 
 
+@pytest.mark.parametrize("resident", ["always", "never"])
 def test_a_test_set_split_off_is_not_read_in_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: str
 ) -> None:
     seen: list[Tensor] = []
     read = Subset.read
 
     def recording(self: Subset, rows: Tensor, *args: Any) -> Any:
-        seen.append(self.indices[rows])
+        if not self.resident:  # else it was read before
+            seen.append(self.indices[rows])
         return read(self, rows, *args)
 
     monkeypatch.setattr(Subset, "read", recording)
     without_pictures(monkeypatch)
     # Enough batches for whole epochs of every set.
     batches = {f"{level}.batch_size": 256 for level in ("pretrain", "head", "mask")}
-    trainer = train(tiny_config({"run_dir": tmp_path, "iterations": 5, **batches}))
+    fields = {"run_dir": tmp_path, "iterations": 5, "data.resident": resident, **batches}
+    trainer = train(tiny_config(fields))
     trainer.loaders.sample_images("heldout", 8)
     in_training = set(torch.cat(seen).tolist())
     seen.clear()

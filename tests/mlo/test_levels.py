@@ -13,7 +13,7 @@ from torch.func import functional_call
 from mlomae import objectives
 from mlomae.levels import parameters_of
 from mlomae.mlo.space import perturbation
-from mlomae.precision import ieee_float32
+from mlomae.precision import ieee_float32, set_float32_products
 from tests.mlo.problem import ITERATION, Named, Problem, TensorStream, detached, flat, relative_error
 
 
@@ -139,10 +139,12 @@ def _pretrain_step(problem: Problem, phi: Named) -> Named:
 
 def test_the_finite_difference_runs_without_tf32_and_leaves_the_settings_alone() -> None:
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [switch.fp32_precision for switch in switches]
-
-    with pytest.raises(KeyError), ieee_float32():
-        assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
-        raise KeyError
-
-    assert [switch.fp32_precision for switch in switches] == before != ["ieee", "ieee"]
+    try:
+        set_float32_products("tf32")
+        with pytest.raises(KeyError), ieee_float32():
+            assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
+            raise KeyError
+        assert [switch.fp32_precision for switch in switches] == ["tf32", "tf32"]
+    finally:
+        set_float32_products("float32")
+    assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]

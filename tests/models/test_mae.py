@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlomae_kernels
 from mlomae.config import ModelConfig
 from mlomae.models.encoder import sincos_positions
 from mlomae.models.mae import Decoder, MaskedAutoencoder
 from mlomae.models.selection import PatchSelection
+from mlomae_kernels.ops import linear
 
 
 def _config(size: tuple[int, int] = (8, 12), patch_size: int = 2, norm_pix: bool = True) -> ModelConfig:
@@ -146,3 +150,23 @@ def test_removed_patches_are_those_that_are_not_kept() -> None:
     assert selection.ids_removed.shape == (5, 18)
     removed = torch.zeros(5, 24).scatter(1, selection.ids_removed, 1.0)
     assert torch.equal(removed, selection.mask)
+
+
+def test_features_take_no_product_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for pays in (False, True):
+        monkeypatch.setattr(linear, "one_dnn_pays", lambda pays=pays: pays)
+        encoder, images = MaskedAutoencoder(_config()).encoder, torch.randn(32, 3, 8, 12)
+        with _Products() as products:
+            encoder(images, pool="mean").sum().backward()
+        counts.append(products.taken)
+    # Forward, and both gradients, of four layers in each block.
+    assert counts == [12 * len(encoder.blocks)] * 2
+
+
+class _Products(TorchDispatchMode):
+    taken = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken += func.overloadpacket.__name__ in ("addmm", "mm", "_linear_pointwise")
+        return func(*args, **(kwargs or {}))

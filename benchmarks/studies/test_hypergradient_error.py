@@ -18,6 +18,8 @@ from mlomae.memory import peak_bytes
 from mlomae.mlo.estimators import ESTIMATORS, TRUNCATION_ORDER
 from tests.mlo.problem import ITERATION, Problem, TensorStream, build_problem, relative_error
 
+pytestmark = pytest.mark.study
+
 TRAINED_STEPS = 400
 STATES = (0, TRAINED_STEPS)
 # Name → dtype of weights and images, and whether the passes run under bf16 autocast.

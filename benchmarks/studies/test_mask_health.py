@@ -12,6 +12,8 @@ from benchmarks.plots import plot_mask_health
 from benchmarks.report import Bar, Report
 from benchmarks.runs import train
 
+pytestmark = pytest.mark.study
+
 RECIPE = "recipes/cifar10_micro.yaml"
 ITERATIONS, LOG_EVERY = 2000, 40
 # Agreement of two images of a batch at a mask ratio of 0.75: by chance, and when all masks are the same.

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.report import Bar, Report
 from benchmarks.runs import train
+
+pytestmark = pytest.mark.study
 
 MAX_SECONDS = 300
 MIN_ACCURACY = {"knn_accuracy": 0.95, "linear_accuracy": 0.96}

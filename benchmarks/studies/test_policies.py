@@ -11,6 +11,8 @@ import pytest
 from benchmarks.report import Report, Row, Spread
 from benchmarks.runs import train
 
+pytestmark = pytest.mark.study
+
 ACCURACIES = ("knn_accuracy", "linear_accuracy")
 FIGURES = (*ACCURACIES, "seconds", "images_per_second")
 

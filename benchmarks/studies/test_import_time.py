@@ -6,8 +6,12 @@ import statistics
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.environment import ROOT
 from benchmarks.report import Bar, Report
+
+pytestmark = pytest.mark.study
 
 ROUNDS = 7
 # mlomae.run is what ``mlomae train`` loads: shown beside the bar, which is on the package alone.

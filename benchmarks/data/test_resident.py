@@ -1,0 +1,118 @@
+"""Our loaders against torchvision's transforms and torch's DataLoader, alone and in training.
+
+The images have CIFAR's size, the model is that of recipes/cifar10_micro.yaml, and training means plain MAE
+steps: the cheapest ones, which wait for data the most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from benchmarks.comparison import OURS, Compare, Compared
+from benchmarks.data.torchvision_loop import TorchvisionStream
+from benchmarks.environment import ROOT
+from benchmarks.report import Report
+from benchmarks.timing import Function
+from mlomae.config import Config, load_config
+from mlomae.data import Batch, LevelLoaders
+from mlomae.distributed.env import join_world
+from mlomae.run_dir import RunDir
+from mlomae.trainer import Trainer
+
+BATCHES = 24
+"""In a round. Workers have up to four of them ready when it begins, which is in their favour."""
+ROUNDS, WARM_UP = 5, 1
+# Baseline → loader processes.
+WORKERS = {"torchvision": 0, "torchvision with workers": 2}
+# On a CPU the steps themselves take most of the time, so that training cannot gain as much as loading.
+LOADER_AT_LEAST, END_TO_END_AT_LEAST = 10.0, 1.0
+
+
+class Stream(Protocol):
+    def next(self) -> Batch: ...
+
+
+def _configure(folder: Path) -> Config:
+    overrides = {"data.dataset": "folder", "data.path": str(folder), "masking.policy": "random"}
+    return load_config(ROOT / "recipes" / "cifar10_micro.yaml", {**overrides, "device": "cpu"})
+
+
+def _baselines(config: Config, folder: Path) -> dict[str, TorchvisionStream]:
+    loaders = LevelLoaders(config)
+    return {
+        name: TorchvisionStream(
+            folder,
+            config.pretrain.batch_size,
+            BATCHES,
+            config.model.size[0],
+            loaders.mean,
+            loaders.std,
+            workers,
+        )
+        for name, workers in WORKERS.items()
+    }
+
+
+def _show(report: Report, what: str, config: Config, compared: Compared) -> None:
+    images = BATCHES * config.pretrain.batch_size
+    report.table(
+        f"{what}, batches of {config.pretrain.batch_size}, {torch.get_num_threads()} threads, medians",
+        [
+            {"loader": name, "images/s": images / seconds, "ours / it": compared.ratios.get(name)}
+            for name, seconds in compared.medians.items()
+        ],
+    )
+
+
+def _read(stream: Stream) -> Function:
+    def read() -> None:
+        for _ in range(BATCHES):
+            stream.next()
+
+    return read
+
+
+def test_loader(image_folder: Path, compare: Compare, report: Report) -> None:
+    config = _configure(image_folder)
+    streams = _baselines(config, image_folder)
+    compared = compare(
+        "data/loader",
+        _read(LevelLoaders(config).pretrain),
+        {name: _read(stream) for name, stream in streams.items()},
+        at_least=dict.fromkeys(WORKERS, LOADER_AT_LEAST),
+        rounds=ROUNDS,
+        warm_up=WARM_UP,
+        before={name: stream.restart for name, stream in streams.items()},
+    )
+    _show(report, "loading alone", config, compared)
+
+
+def _train(config: Config, folder: Path, stream: Stream | None = None) -> Function:
+    """Pretrain steps on a stream's batches; on the trainer's own without one."""
+    level = Trainer(config, RunDir(folder, config), join_world("cpu"), None).levels.pretrain
+    if stream is not None:
+        level.stream = stream
+
+    def train() -> None:
+        for _ in range(BATCHES):
+            level.step(level.next_batch(), 0)
+
+    return train
+
+
+def test_end_to_end(image_folder: Path, compare: Compare, report: Report, tmp_path: Path) -> None:
+    config = _configure(image_folder)
+    streams = _baselines(config, image_folder)
+    compared = compare(
+        "data/end-to-end",
+        _train(config, tmp_path / OURS),
+        {name: _train(config, tmp_path / name, stream) for name, stream in streams.items()},
+        at_least=dict.fromkeys(WORKERS, END_TO_END_AT_LEAST),
+        rounds=ROUNDS,
+        warm_up=WARM_UP,
+        before={name: stream.restart for name, stream in streams.items()},
+    )
+    _show(report, "plain MAE steps", config, compared)
