@@ -40,6 +40,11 @@ class Model:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    # Of ``ModelConfig`` too, so that a machine without pydantic can build the network.
+    in_chans: int = 3
+    norm_pix: bool = True
+    predict: str = "removed"
+    attention: str = "auto"
 
     @property
     def num_patches(self) -> int:
@@ -48,6 +53,14 @@ class Model:
     @property
     def num_keep(self) -> int:
         return self.num_patches // 4
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.img_size, self.img_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.img_size // self.patch_size,) * 2
 
     def fields(self) -> dict[str, Any]:
         """Of ``mlomae.config.ModelConfig``."""
@@ -85,11 +98,10 @@ def model_for(key: str, device: torch.device, smoke: bool) -> Model:
 
 def build_autoencoder(model: Model, device: torch.device, attention: str = "auto") -> nn.Module:
     """``mlomae.models.mae.MaskedAutoencoder`` with float32 weights."""
-    from mlomae.config import ModelConfig
     from mlomae.models.mae import MaskedAutoencoder
 
     with torch.device(device):
-        return MaskedAutoencoder(ModelConfig(**model.fields(), attention=attention))
+        return MaskedAutoencoder(replace(model, attention=attention))
 
 
 class PretrainStep:

@@ -6,16 +6,20 @@ Letters: B batch, L patches, K kept patches, D encoder width, E decoder width, P
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import mlomae_kernels
-from mlomae.config import ModelConfig
 from mlomae.models.attention import PackedAttention, set_attention
 from mlomae.models.encoder import ViTEncoder, init_linear, run_blocks, sincos_positions
 from mlomae.models.linear import replace_linear_layers
 from mlomae.models.selection import PatchSelection
+
+if TYPE_CHECKING:  # networks take any object with these attributes: pydantic is not needed to build one
+    from mlomae.config import ModelConfig
 
 
 class Decoder(nn.Module):

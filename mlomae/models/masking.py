@@ -15,13 +15,16 @@ Letters: B batch, L patches, D token width, N hidden width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlomae.config import MaskingConfig
 from mlomae.models.encoder import sincos_positions
+
+if TYPE_CHECKING:  # networks take any object with these attributes: pydantic is not needed to build one
+    from mlomae.config import MaskingConfig
 
 
 class ScaledLinear(nn.Module):

@@ -8,13 +8,16 @@ many ranks share the batch. Letters: B batch, L patches, K kept patches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import mlomae_kernels
-from mlomae.config import MaskingConfig
 from mlomae.random import counter_uniform, stream_seed
+
+if TYPE_CHECKING:  # networks take any object with these attributes: pydantic is not needed to build one
+    from mlomae.config import MaskingConfig
 
 NUM_BLOCKS = 2
 
