@@ -1,6 +1,6 @@
 """Our loaders against torchvision's transforms and torch's DataLoader, alone and in training.
 
-The images have CIFAR's size, and training means plain MAE steps: the cheapest ones, which wait for data the most.
+The images have CIFAR's size, and training means plain MAE steps: the cheapest ones, which wait the most.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ROUNDS, WARM_UP = 5, 1
 # Baseline → loader processes.
 WORKERS = {"torchvision": 0, "torchvision with workers": 2}
 LOADER_AT_LEAST = 10.0
-# Name → what changes in recipes/cifar10_micro.yaml, and how much faster training has to be. The more of the time
-# the steps themselves take, the less there is to gain.
+# Name → what changes in recipes/cifar10_micro.yaml, and how much faster training has to be. The more of the
+# time the steps themselves take, the less there is to gain.
 MODELS: dict[str, tuple[dict[str, str], float]] = {
     "tiny": ({"model.arch": "vit_pico", "model.decoder_dim": "32", "model.decoder_depth": "1"}, 2.0),
     "micro": ({}, 1.0),
