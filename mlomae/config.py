@@ -303,6 +303,11 @@ class Config(Section):
                 f"masking.ratio {self.masking.ratio} keeps {self.num_keep} of {patches} patches; "
                 "at least one must be kept and one removed"
             )
+        if self.compute.execution == "graphs" and self.pretrain.micro_batches > 1:
+            # A graph's next replay would write over the gradients that are to be added up.
+            raise ValueError(
+                "compute.execution: graphs works with pretrain.micro_batches 1 only; use compiled"
+            )
         return self
 
 

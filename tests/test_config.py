@@ -178,3 +178,9 @@ def test_the_tree_is_immutable() -> None:
 @pytest.mark.parametrize(("ratio", "kept"), [(0.75, 49), (0.5, 98), (0.9, 19), (0.7, 58), (0.99, 1)])
 def test_the_number_of_kept_patches_is_not_spoiled_by_rounding(ratio: float, kept: int) -> None:
     assert load_config(None, {"masking.ratio": str(ratio)}).num_keep == kept
+
+
+def test_graphs_do_not_add_up_gradients() -> None:
+    load_config(None, {"compute.execution": "compiled", "pretrain.micro_batches": "2"})
+    with pytest.raises(UserError, match=r"compute\.execution: graphs works with pretrain\.micro_batches 1"):
+        load_config(None, {"compute.execution": "graphs", "pretrain.micro_batches": "2"})

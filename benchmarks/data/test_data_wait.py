@@ -1,4 +1,4 @@
-"""How long the trainer waits for its data: plain MAE steps of a tiny model on CIFAR-10 shards."""
+"""How long the trainer waits for its data: plain MAE steps on CIFAR-10 shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.comparison import OURS, Compare
+from benchmarks.data.models import MODELS
 from benchmarks.environment import ROOT
 from benchmarks.report import Bar, Report
 from benchmarks.timing import Stopwatch
@@ -19,7 +20,9 @@ ROUNDS, WARM_UP = 50, 5
 MAX_SHARE = 0.02
 
 
+@pytest.mark.parametrize("model", MODELS)
 def test_data_wait(
+    model: str,
     shards: Path,
     compare: Compare,
     report: Report,
@@ -27,7 +30,7 @@ def test_data_wait(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    overrides = {"data.path": str(shards.resolve()), "masking.policy": "random"}
+    overrides = {"data.path": str(shards.resolve()), "masking.policy": "random", **MODELS[model]}
     config = load_config(ROOT / "recipes" / "cifar10_micro.yaml", overrides)
     trainer = Trainer(config, RunDir(tmp_path, config), join_world("cpu"), None)
     stopwatch = Stopwatch(monkeypatch)
@@ -39,11 +42,13 @@ def test_data_wait(
         trainer.iterate(len(rows))
         rows.append(stopwatch.read())
 
-    measured = rows[-len(compare("data/wait", iterate, {}, rounds=ROUNDS, warm_up=WARM_UP).seconds[OURS]) :]
+    measured = rows[
+        -len(compare(f"data/wait/{model}", iterate, {}, rounds=ROUNDS, warm_up=WARM_UP).seconds[OURS]) :
+    ]
     waiting, working = (sum(row[part] for row in measured) for part in ("data", "rest"))
     share = waiting / (waiting + working)
     report.table(
-        f"{len(measured)} iterations of {config.pretrain.unroll_steps} steps, "
+        f"{model}: {len(measured)} iterations of {config.pretrain.unroll_steps} steps, "
         f"batches of {config.pretrain.batch_size}, on the CPU",
         [
             {

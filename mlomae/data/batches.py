@@ -79,7 +79,7 @@ class Subset:
         """Images uint8 [B, C, H, W] and labels int64 [B] of ``rows`` [B]; u is [B, NUM_UNIFORMS]."""
         indices = self.indices[rows]
         stack = self.source.stack
-        images = map(self.source.read, indices.tolist()) if stack is None else stack[indices]
+        images = map(self.source.read, indices.tolist()) if stack is None else stack.index_select(0, indices)
         labels = None if self.source.labels is None else self.source.labels[indices]
         return augment(kind, images, u, self.size), labels
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mlomae.config import LevelConfig
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
@@ -18,7 +19,7 @@ from mlomae.distributed.ds_config import load_ds_config
 from mlomae.distributed.engine import Engine, TorchEngine, state_shapes
 from mlomae.distributed.env import World, join_world, leave_world
 from mlomae.errors import UserError
-from tests.distributed.problem import STEPS, batches, fresh_model, run_engine
+from tests.distributed.problem import STEPS, batches, fresh_model, rate, run_engine
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -60,6 +61,10 @@ def _train_everywhere() -> Results:
                 "rewound": _continue_from(start, engine, rates, 0),
                 "handed over": _halves(ds_engine(f"zero{stage}.json", rates, world), rates)[0],
             }
+    for stage in STAGES:
+        config = load_ds_config(DS_CONFIGS / f"zero{stage}.json")
+        engine = DeepSpeedEngine(fresh_model(), RATES["clipped"], config, world, micro_batches=3)
+        results["micro-batches", stage] = _train_in_parts(engine), float(engine.grad_norm or 0)
     results["autocast"] = _train_in_bfloat16(world)
     results["bad config"] = _refusal(world)
     return results
@@ -70,6 +75,17 @@ def _halves(engine: Engine, rates: LevelConfig) -> tuple[State, State]:
     middle = snapshot(engine)
     run_engine(engine, rates, HALF, STEPS - HALF)
     return middle, snapshot(engine)
+
+
+def _train_in_parts(engine: Engine) -> State:
+    """Every batch as three micro-batches."""
+    rates = RATES["clipped"]
+    for step, (x, y) in enumerate(batches()):
+        *parts, last = zip(x.split(2), y.split(2), strict=True)
+        for part, labels in parts:
+            engine.accumulate(4 * F.cross_entropy(engine(part), labels))
+        engine.descend(4 * F.cross_entropy(engine(last[0]), last[1]), rate(step, rates))
+    return snapshot(engine)
 
 
 def _continue_from(state: State, engine: Engine, rates: LevelConfig, step: int = HALF) -> Results:
@@ -139,6 +155,20 @@ def test_every_stage_equals_the_plain_engine(
     # Before the first step there is none; then it is the norm before clipping.
     assert result["norms"][0] is None
     assert result["norms"][1] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, None])
+def test_micro_batches_take_the_steps_of_whole_batches(
+    stage: int | None, results: Results, expected: Results
+) -> None:
+    _, _, state, norm = expected["clipped"]
+    if stage is None:
+        engine = TorchEngine(fresh_model(), RATES["clipped"], micro_batches=3)
+        found = _train_in_parts(engine), float(engine.grad_norm or 0)
+    else:
+        found = results["micro-batches", stage]
+    assert_states_close(found[0], state, 1e-5)
+    assert found[1] == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_comparison_would_notice_a_clipping_that_was_not_asked_for(expected: Results) -> None:
