@@ -24,7 +24,6 @@ from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
 from mlomae.precision import (
     describe_precision,
-    resolve_precision,
     set_float32_products,
     with_precision,
 )
@@ -46,17 +45,21 @@ class Levels:
 
 
 def build_levels(
-    config: Config, loaders: LevelLoaders, world: World, ds_config: dict[str, Any] | None
+    config: Config,
+    loaders: LevelLoaders,
+    world: World,
+    ds_config: dict[str, Any] | None,
+    precision: str,
 ) -> Levels:
     """Models with seeded weights, their engines, and the levels around them.
 
     Args:
         ds_config: a checked DeepSpeed configuration, or None for plain torch engines.
+        precision: bf16, tf32 or float32.
 
     Raises:
-        UserError: what ``compute`` or ``pretrain.micro_batches`` asks for cannot be had here.
+        UserError: ``pretrain.micro_batches`` does not divide a rank's batch.
     """
-    precision = resolve_precision(config.compute.precision, world.device, ds_config)
     set_float32_products(precision)
     execution = resolve_execution(config.compute.execution, world.device)
     share, parts = config.pretrain.batch_size // world.size, config.pretrain.micro_batches
@@ -75,7 +78,9 @@ def build_levels(
     torch.manual_seed(stream_seed(config.seed, "init", "pretrain"))
     autoencoder = MaskedAutoencoder(model)
     autoencoder.set_activation_checkpointing(config.compute.activation_checkpointing)
-    compile_module(autoencoder.encoder, execution)
+    # The direction is a gradient through these features and outlives the head's step, whose replay of a CUDA
+    # graph would take the memory back.
+    compile_module(autoencoder.encoder, "compiled" if execution == "graphs" else execution)
     embed_dim = autoencoder.encoder.embed_dim
     policy = MaskPolicy(config.masking, grid, config.num_keep, config.seed)
     if not config.masking.learns:

@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(
         "--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE",
-        help="ZeRO, communication and precision; without it, plain torch in float32",
+        help="ZeRO, communication and precision; without it, plain torch",
     )  # fmt: skip
     # Passed by the deepspeed launcher; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

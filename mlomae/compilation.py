@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_MOST_GRAPHS = 64
+
 
 def resolve_execution(wanted: str, device: torch.device) -> str:
     """eager, compiled or graphs: what ``compute.execution`` means on a device."""
@@ -29,6 +31,9 @@ def compile_module(module: nn.Module, execution: str) -> None:
     """
     if execution == "eager":
         return
+    # All modules share one limit, and a run needs eight graphs.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _MOST_GRAPHS)
     mode = "reduce-overhead" if execution == "graphs" else None
     module.compile(fullgraph=True, dynamic=False, mode=mode)
     if execution == "graphs":

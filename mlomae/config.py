@@ -1,7 +1,7 @@
 """The typed configuration tree of one run; every check that needs no data or device lives here.
 
 A run is a YAML file (a *recipe*) plus dotted overrides. The recipe owns batch sizes, learning rates,
-schedules and clipping; a DeepSpeed config owns ZeRO, communication and precision
+schedules, clipping and precision; a DeepSpeed config owns ZeRO and communication
 (``mlomae.distributed.ds_config``).
 """
 
@@ -151,8 +151,8 @@ class DataConfig(Section):
     workers: int = Field(0, ge=0, description="loader processes per level; 0 loads in the main process")
     resident: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="keep whole sets as bytes on the device and augment there; auto: where images "
-        "have one size and take 1 GiB at most",
+        description="keep whole sets as bytes on the device and augment there; auto: up to 1 GiB, where "
+        "the run reads a set at least twice; not with resized-crop, which needs the originals",
     )
 
     @model_validator(mode="after")

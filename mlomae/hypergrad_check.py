@@ -94,6 +94,7 @@ def check(config: Config, run_dir: RunDir, images: int | None, bf16: bool) -> Ch
         level: getattr(config, level).model_copy(update={"batch_size": min(images or 32, size)})
         for level, size in batches.items()
     }
+    changed["pretrain"] = changed["pretrain"].model_copy(update={"micro_batches": 1})
     hypergradient = config.hypergradient.model_copy(update={"share": 1.0})
     # The exact gradient works on copies of the modules, of which the compiler knows nothing.
     compute = config.compute.model_copy(
@@ -117,7 +118,7 @@ class _Measured:
         self.config, self.device, self.iteration = trainer.config, trainer.world.device, trainer.iteration
         self.pretrain, self.head, self.mask = levels.pretrain, levels.head, levels.mask
         assert isinstance(self.pretrain.engine, TorchEngine)
-        self.bf16 = self.pretrain.engine.mixed
+        self.bf16, self.precision = self.pretrain.engine.mixed, trainer.precision
         for _ in range(self.config.pretrain.unroll_steps - 1):
             self._step(record=False)
         self.masked = self._step(record=True)
@@ -136,7 +137,7 @@ class _Measured:
             if name in TRUNCATION_ORDER:
                 radii[name] = hypergradient.radius.value
                 curves[name] = [(radius, self._error_at(name, radius, direction, exact)) for radius in RADII]
-        precision = "bf16 autocast" if self.bf16 else "float32"
+        precision = "bf16 autocast" if self.bf16 else self.precision
         images = len(self.masked.images)
         return Check(
             estimates, own.estimator, radii, curves, direction_seconds, images, self.iteration, precision

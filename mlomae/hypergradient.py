@@ -220,8 +220,10 @@ class Hypergradient:
                 return functional_call(autoencoder, dict(weights), (masked.images, masked.selection))
 
         point = None if masked.step is None else masked.step.point()
-        # The pretrain step's own errors are of use in its own precision only.
-        known = None if self.full_precision else masked.errors
+        # The pretrain step's own errors are of use where they round alike: in its own precision, and where no
+        # compiler fused its pass, which keeps activations, in another way than this one.
+        compiled = autoencoder._compiled_call_impl is not None
+        known = None if self.full_precision or compiled else masked.errors
         return PatchErrors(self.space, point, known, evaluate, function)
 
     @contextmanager

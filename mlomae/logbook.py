@@ -52,10 +52,16 @@ class Logbook:
         Raises:
             UserError: a level was not finite when it was begun.
         """
+        if self._entry is not None:
+            guard = self._entry.guard
+            self.write_waiting()
+            self._guard.judge(guard)
+
+    def write_waiting(self) -> None:
+        """Writes it unjudged, such as when the run ends early; no other rank is needed."""
         entry, self._entry = self._entry, None
         if entry is None:
             return
-        self._guard.judge(entry.guard)
         self._writer.log(
             entry.step,
             {**entry.scalars.read(), **entry.figures},

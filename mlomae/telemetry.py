@@ -1,7 +1,7 @@
 """What a run makes of its device between two log lines: speed, share of the peak, waiting, memory, energy.
 
-Nothing here waits for a GPU: iterations are timed by whoever runs them, and a mean is right where the device
-has caught up with the host at both ends, as it has at a log line.
+Nothing here waits for a GPU: whoever runs iterations times them, and the waits in which the host learns what
+they computed. What is still queued at a log line counts in the next one.
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ class Telemetry:
         """Counts one outer iteration that took ``seconds``, waits included."""
         self._iterations += 1
         self._iterations_of_energy += 1
+        self._seconds += seconds
+
+    def waited_for_device(self, seconds: float) -> None:
+        """Counts a wait for what the iterations have queued."""
         self._seconds += seconds
 
     def read(self) -> dict[str, float]:

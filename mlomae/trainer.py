@@ -55,7 +55,7 @@ class Trainer:
         self.world = world
         self.loaders = LevelLoaders(config, world.rank, world.size, world.device)
         self.precision = resolve_precision(config.compute.precision, world.device, ds_config)
-        self.levels = build_levels(config, self.loaders, world, ds_config)
+        self.levels = build_levels(config, self.loaders, world, ds_config, self.precision)
         self.implementations = describe_implementations(config, world, self.precision)
         self.telemetry: Telemetry | None = None
         self.meters = Meters()
@@ -72,29 +72,38 @@ class Trainer:
         Raises:
             UserError: a loss stopped being finite; the last checkpoint is kept.
         """
-        self.resume()
+        trained = self.resume() or self.precision
+        if trained != self.precision:
+            raise UserError(
+                f"compute.precision: the checkpoint was trained in {trained}, this run would use "
+                f"{self.precision}; set compute.precision to {trained}"
+            )
         if self.world.primary:
             print(self.implementations, flush=True)
         config = self.config
         writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)
         logbook = Logbook(writer, self.guard)
-        self.telemetry = self._start_telemetry()
-        # What lives now lives to the end: no collection has to look at it again.
-        gc.collect()
-        gc.freeze()
         try:
+            self.telemetry = self.start_telemetry()
+            # What lives now lives to the end: no collection has to look at it again.
+            gc.collect()
+            gc.freeze()
             while self.iteration < config.iterations:
                 started = time.perf_counter()
                 masked = self.iterate(self.iteration)
                 self.iteration += 1
                 self._finish_iteration(masked, writer, logbook, started)
             return self.evaluate()
+        except (KeyboardInterrupt, UserError):
+            logbook.write_waiting()
+            raise
         finally:
             gc.unfreeze()
             writer.close()
             self.loaders.close()
 
-    def _start_telemetry(self) -> Telemetry:
+    def start_telemetry(self) -> Telemetry:
+        """Measures what the device can do; figures count from here."""
         mask = self.levels.mask
         estimator = None if mask is None else mask.hypergradient.estimator
         return run_telemetry(self.config, self.world, self.precision, self.loaders.num_classes, estimator)
@@ -151,16 +160,19 @@ class Trainer:
         }
         # The meters are empty at a checkpoint, so that a resumed run logs what an uninterrupted one does.
         due["log"] |= due["checkpoint"]
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        if self.telemetry is not None:
-            self.telemetry.iterated(seconds)
+        submitted = time.perf_counter() - started
+        assert self.telemetry is not None
+        self.telemetry.iterated(submitted)
         if due["log"]:
             self._log(masked, logbook)
         if due["checkpoint"] or due["picture"]:
             # Before anything is written: a broken checkpoint must not replace a good one.
             logbook.flush()
             self.guard.check()
+        # With the waits for the device, without saving and drawing.
+        spent = time.perf_counter() - started
+        self.seconds += spent
+        self.telemetry.waited_for_device(spent - submitted)
         if due["checkpoint"]:
             self.save()
         if due["picture"] and self.world.primary:
@@ -212,6 +224,7 @@ class Trainer:
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
+            "precision": self.precision,
             "streams": {name: level.stream.state_dict() for name, level in levels.items()},
         }
         if self.levels.mask is not None:
@@ -224,8 +237,12 @@ class Trainer:
 
         collectives.on_primary(write)
 
-    def resume(self) -> None:
-        """Continues from the newest intact checkpoint of the run directory, if there is one."""
+    def resume(self) -> str | None:
+        """Continues from the newest intact checkpoint of the run directory, if there is one.
+
+        Returns:
+            The precision in which it was trained; None where there is none, or where it does not tell.
+        """
         loaded = checkpoint.latest(self.run_dir.checkpoints)
         step = None if loaded is None else loaded.step
         if step != (agreed := collectives.broadcast_object(step)):
@@ -234,7 +251,7 @@ class Trainer:
                 f"{agreed}; all ranks need the same file system"
             )
         if loaded is None:
-            return
+            return None
         levels = self.levels.by_name()
         checkpoint.match(loaded, self._expected_shapes())
         for name, level in levels.items():
@@ -247,6 +264,7 @@ class Trainer:
             self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
         self.iteration = loaded.state["iteration"]
         self.seconds = loaded.state["seconds"]
+        return loaded.state.get("precision")
 
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         return {

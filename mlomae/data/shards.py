@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import torch
@@ -37,6 +38,7 @@ class ShardSource:
         self._paths = [root / name for name in names]
         self._in_chans = in_chans
         self._descriptors: dict[int, int] = {}
+        self._lock = Lock()
         self.keys: list[str] = []
         extents: list[tuple[int, int, int]] = []
         labels: list[int | None] = []
@@ -62,7 +64,8 @@ class ShardSource:
     def read(self, index: int) -> Tensor:
         """uint8 [C, H, W]."""
         shard, offset, size = self._extents[index].tolist()
-        content = os.pread(self._descriptor(shard), size, offset)
+        with self._lock:  # another thread may close a descriptor to make room
+            content = os.pread(self._descriptor(shard), size, offset)
         name = f"{self._paths[shard].parent}/{self.keys[index]}"
         return decode_image(io.BytesIO(content), self._in_chans, name)
 
@@ -78,7 +81,10 @@ class ShardSource:
         return self._descriptors[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}  # a spawned worker opens its own
+        return {**self.__dict__, "_descriptors": {}, "_lock": None}  # a spawned worker opens its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():

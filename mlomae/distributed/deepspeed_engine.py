@@ -67,6 +67,10 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(module, config), config=full, dist_init_required=False
         )
+        if module._compiled_call_impl is not None:
+            # They only start and stop timers under ZeRO 0-2, and would be compiled with the module.
+            self._engine.module_forward_pre_hook.remove()
+            self._engine.module_forward_post_hook.remove()
         self.module = module
         self.grad_norm: Tensor | float | None = None
         self._clip = config.clip

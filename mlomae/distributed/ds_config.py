@@ -1,7 +1,7 @@
 """DeepSpeed configuration files: what they may say, and how a level's own keys are added.
 
-A ds_config owns ZeRO, communication and precision; the recipe owns batch sizes, rates, schedules and
-clipping. A key in the wrong place is an error, because DeepSpeed would let it win silently.
+A ds_config owns ZeRO and communication, and may set the precision; the recipe owns batch sizes, rates,
+schedules and clipping. A key in the wrong place is an error, because DeepSpeed would let it win silently.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ PRECISION_HINT = (
     'use "torch_autocast": {"enabled": true, "dtype": "bfloat16"}, which keeps them float32'
 )
 SUPPORTED_STAGES = (0, 1, 2)
+# DeepSpeed's default, and the class that stands for the first of them in the autoencoder.
+_SAFE_MODULES = [
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.conv.Conv1d",
+    "torch.nn.modules.conv.Conv2d",
+    "torch.nn.modules.conv.Conv3d",
+]
+_OUR_LINEAR = "mlomae.models.linear.Linear"
 AUTOCAST_KEYS = {"enabled", "dtype", "lower_precision_safe_modules"}
 
 
@@ -76,6 +84,13 @@ def merge(
     ds_config: dict[str, Any], level: LevelConfig, world_size: int, micro_batches: int = 1
 ) -> dict[str, Any]:
     """The complete DeepSpeed configuration of one level: the file's keys and the recipe's."""
+    if (autocast := ds_config.get("torch_autocast", {})).get("enabled"):
+        # DeepSpeed reduces the gradients of these classes in bf16, by their exact names.
+        safe = autocast.get("lower_precision_safe_modules", _SAFE_MODULES)
+        ours = [_OUR_LINEAR] if _SAFE_MODULES[0] in safe else []
+        ds_config = {
+            **ds_config, "torch_autocast": {**autocast, "lower_precision_safe_modules": [*safe, *ours]}
+        }  # fmt: skip
     return {
         **ds_config,
         "train_batch_size": level.batch_size,
@@ -84,6 +99,8 @@ def merge(
         # Written out: DeepSpeed's own default clips at 1.0.
         "gradient_clipping": level.clip,
         "steps_per_print": 10**9,
+        # It waits for the device twice in every step.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

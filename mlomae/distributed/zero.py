@@ -55,8 +55,13 @@ class ShardSpace(WeightSpace):
         """Lets forward passes see the shards as they are."""
 
     def gradient(self, output: Tensor, cotangent: Tensor) -> list[Tensor]:
-        self._engine.backward((output * cotangent).sum())
-        vector = [self._gradient_shard(i, target) for i, target in enumerate(self.stepped())]
+        # A backward pass of its own, whatever pretrain.micro_batches says.
+        self._engine.set_gradient_accumulation_boundary(True)
+        try:
+            self._engine.backward((output * cotangent).sum(), scale_wrt_gas=False)
+            vector = [self._gradient_shard(i, target) for i, target in enumerate(self.stepped())]
+        finally:
+            self._engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts again
         # DeepSpeed would add them to the next step's.
         self._optimizer.zero_grad()
         for pending in self._pending_gradients():

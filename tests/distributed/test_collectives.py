@@ -13,7 +13,7 @@ from mlomae.distributed import collectives
 from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import join_world
 from mlomae.errors import UserError
-from mlomae.meters import FiniteGuard, Meters
+from mlomae.meters import FiniteGuard, Meters, Scalars
 from tests.distributed.ranks import run_ranks
 
 
@@ -48,7 +48,7 @@ def _read_meters(value: float) -> dict[str, float]:
     meters = Meters()
     meters.add({"loss": torch.tensor(value)})
     meters.add({"loss": torch.tensor(value + 2)})
-    return meters.read()
+    return Scalars(meters.take()).read()
 
 
 def _check_guard(rank: int) -> str:

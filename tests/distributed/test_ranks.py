@@ -16,6 +16,7 @@ from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import World, join_world
 from mlomae.hypergradient import MaskedBatch
 from mlomae.levels import parameters_of
+from mlomae.meters import Scalars
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
 from tests.distributed.ranks import run_ranks
@@ -63,7 +64,7 @@ def _run(world: World, levels: int, ds_name: str | None) -> dict[str, Any]:
     curve = []
     for iteration in range(ITERATIONS):
         trainer.iterate(iteration)
-        curve.append(trainer.meters.read())
+        curve.append(Scalars(trainer.meters.take()).read())
     return {
         "curve": curve,
         "weights": {name: _weights(level.engine.module) for name, level in trainer.levels.by_name().items()},

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "fd, adam": {"estimator": "fd", "precondition": "adam"},
     "jvp": {"estimator": "jvp"},
     "jvp, adam": {"estimator": "jvp", "precondition": "adam"},
+    "fd, micro-batches": {"estimator": "fd", "pretrain.micro_batches": "2"},
 }
 Results = dict[Any, Any]
 
@@ -59,7 +60,7 @@ class Run:
     """Three levels; the autoencoder's engine is plain torch or DeepSpeed's."""
 
     def __init__(self, stage: int | None, settings: dict[str, str], world: World) -> None:
-        fields = {f"hypergradient.{name}": value for name, value in settings.items()}
+        fields = {name if "." in name else f"hypergradient.{name}": value for name, value in settings.items()}
         # A large radius: what is compared is the arithmetic, not rounding divided by a small number.
         config = tiny_config(
             {"hypergradient.radius": 1e-2, "pretrain.clip": 0.05, "pretrain.eps": 1e-4, **fields}
@@ -80,9 +81,11 @@ class Run:
 
     @staticmethod
     def _engine(autoencoder: MaskedAutoencoder, stage: int | None, config: Config, world: World) -> Engine:
+        parts = config.pretrain.micro_batches
         if stage is None:
-            return TorchEngine(autoencoder, config.pretrain)
-        return DeepSpeedEngine(autoencoder, config.pretrain, {"zero_optimization": {"stage": stage}}, world)
+            return TorchEngine(autoencoder, config.pretrain, micro_batches=parts)
+        section = {"zero_optimization": {"stage": stage}}
+        return DeepSpeedEngine(autoencoder, config.pretrain, section, world, parts)
 
     def iterate(self, iteration: int) -> Results:
         """One outer iteration; what it computed, averaged over ranks."""

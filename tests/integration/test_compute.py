@@ -20,7 +20,8 @@ from mlomae.errors import UserError
 from mlomae.precision import resolve_precision, with_precision
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
-from tests.integration.tiny import Fields, tiny_config
+from tests.distributed.ranks import run_ranks
+from tests.integration.tiny import Fields, read_metrics, tiny_config, train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -83,11 +84,15 @@ def test_activation_checkpointing_computes_blocks_twice_and_nothing_else(tmp_pat
 @pytest.mark.parametrize(
     "fields",
     [
-        {"hypergradient.every": 2},
         {"compute.precision": "bf16", "pretrain.micro_batches": 2, "masking.network": "mlp"},
-        {"compute.execution": "graphs", "compute.activation_checkpointing": True, "model.pool": "cls"},
+        {
+            "compute.execution": "graphs",
+            "compute.activation_checkpointing": True,
+            "model.pool": "cls",
+            "hypergradient.every": 2,
+        },
     ],
-    ids=["off-iterations", "bf16", "graphs"],
+    ids=["bf16", "graphs"],
 )
 def test_compiled_modules_have_no_graph_breaks_and_are_compiled_once(tmp_path: Path, fields: Fields) -> None:
     torch._dynamo.reset()
@@ -103,6 +108,23 @@ def test_compiled_modules_have_no_graph_breaks_and_are_compiled_once(tmp_path: P
     with torch.compiler.set_stance("fail_on_recompile"):
         losses(compiled, 4, 9)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_deepspeed_runs_a_compiled_module_past_its_timers_first_steps(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _compiled_under_deepspeed, tmp_path)
+    eager = build(tmp_path / "plain", {})
+    assert_close(found, losses(eager, 0, 4), rel=1e-3, absolute=1e-8)
+
+
+def _compiled_under_deepspeed(folder: Path) -> list[dict[str, float]]:
+    world = join_world("cpu", always_group=True)
+    config = tiny_config({"run_dir": folder, "iterations": 100, "compute.execution": "compiled"})
+    trainer = Trainer(config, RunDir(folder, config), world, {"zero_optimization": {"stage": 1}})
+    found = losses(trainer, 0, 4)
+    assert not counters["graph_break"]
+    return found
 
 
 class HostReads(TorchDispatchMode):
@@ -192,3 +214,28 @@ def test_precision_reaches_the_engines_and_is_told(tmp_path: Path) -> None:
 def test_execution_follows_the_device() -> None:
     assert [resolve_execution("auto", device) for device in (CPU, CUDA)] == ["eager", "compiled"]
     assert resolve_execution("graphs", CPU) == "graphs"
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path) -> None:
+    fields = {"run_dir": tmp_path, "iterations": 2}
+    train(tiny_config(fields))
+    trainer = build(tmp_path, {"iterations": 2})
+    trainer.precision = "bf16"  # as on a GPU, where auto means bf16
+    with pytest.raises(
+        UserError, match=r"^compute\.precision: the checkpoint was trained in float32, .* bf16"
+    ):
+        trainer.fit()
+
+
+def test_an_interrupt_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = Trainer.iterate
+
+    def interrupted(self: Trainer, iteration: int) -> Any:
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return iterate(self, iteration)
+
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config({"run_dir": tmp_path, "iterations": 9, "checkpoint_every": 9}))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]

@@ -170,3 +170,15 @@ def test_forced_flash_attention_says_what_is_missing(installed: dict[str, types.
     ):
         module.choose_attention("flash", _CPU, torch.bfloat16, 64)
     assert module._find_release(7) == "no flash-attn for compute capability 7"
+
+
+@pytest.mark.parametrize("present", [[], ["flash_attn"]], ids=["fused", "flash"])
+def test_the_choice_is_a_constant_to_the_compiler(
+    installed: dict[str, types.ModuleType], monkeypatch: pytest.MonkeyPatch, present: list[str]
+) -> None:
+    for name in present:
+        monkeypatch.setitem(sys.modules, name, installed[name])
+    torch._dynamo.reset()
+    qkv = torch.randn(2, 5, 3, 2, 8, dtype=torch.bfloat16)
+    compiled = torch.compile(module.attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(qkv), module.attention(qkv))

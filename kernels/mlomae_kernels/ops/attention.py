@@ -78,7 +78,7 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     checks.check_attention(qkv)
     if not torch.compiler.is_compiling() and is_transformed(qkv):
         return _reference(qkv)
-    return choose_attention(backend, qkv.device, qkv.dtype, qkv.shape[4]).run(qkv)
+    return _RUNNING[_choose(backend, qkv.device, qkv.dtype, qkv.shape[4])](qkv)
 
 
 def choose_attention(
@@ -150,3 +150,19 @@ def _reference(qkv: Tensor) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     shares = logits.softmax(dim=3, dtype=wide).to(value.dtype)
     return torch.einsum("bhnm,bmhd->bnhd", shares, value).to(qkv.dtype)
+
+
+# The functions in use by name; flash-attn's join when they are chosen.
+_RUNNING: dict[str, Attention] = {"fused": _fused, "reference": _reference}
+
+
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Name of the function that ``choose_attention`` gives."""
+    choice = choose_attention(backend, device, dtype, head_dim)
+    _RUNNING[choice.name] = choice.run
+    return choice.name
+
+
+# The compiler must not trace the search for packages: its result is a constant of device, dtype and head.
+# This is what torch.compiler.assume_constant_result sets, without importing the compiler.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
