@@ -37,10 +37,23 @@ def counter_uniform(
     Returns:
         float32 [rows, columns]; row i depends on (seed, step, first_row + i) only.
     """
+    return counter_uniforms(seed, step, 1, first_row, shape, device)[0]
+
+
+def counter_uniforms(
+    seed: int,
+    first_step: int,
+    num_steps: int,
+    first_row: int,
+    shape: tuple[int, int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """``counter_uniform`` of consecutive steps at the price of one: float32 [num_steps, rows, columns]."""
+    steps = torch.arange(first_step, first_step + num_steps, device=device, dtype=torch.int64)
     rows = torch.arange(first_row, first_row + shape[0], device=device, dtype=torch.int64)
     columns = torch.arange(shape[1], device=device, dtype=torch.int64)
-    state = _absorb(torch.full_like(rows, seed), torch.full_like(rows, step & _MASK))
-    bits = _absorb(_absorb(state, rows)[:, None], columns[None, :])
+    state = _absorb(torch.full_like(steps, seed), steps & _MASK)
+    bits = _absorb(_absorb(state[:, None], rows)[:, :, None], columns)
     # 23 bits and a half: representable exactly in float32, never 0 or 1.
     return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats  # type: ignore[import-untyped]  # scipy has no types
 
-from mlomae.random import counter_uniform, stream_seed
+from mlomae.random import counter_uniform, counter_uniforms, stream_seed
 
 SEED = stream_seed(0, "test")
 
@@ -110,3 +110,9 @@ def test_steps_do_not_share_rows() -> None:
     """Among the rows of 1000 batches of 256 images hardly any come twice (chance: 8 of 256 000)."""
     rows = torch.cat([counter_uniform(SEED, step, 0, (256, 2)) for step in range(1000)])
     assert len(rows.unique(dim=0)) > len(rows) - 50
+
+
+def test_consecutive_steps_can_be_drawn_together() -> None:
+    together = counter_uniforms(7, 2**32 - 2, 4, 5, (6, 3))
+    for number, found in enumerate(together):
+        assert torch.equal(found, counter_uniform(7, 2**32 - 2 + number, 5, (6, 3)))

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from mlomae.data.sources import Source
 from mlomae.data.transforms import NUM_UNIFORMS, Augment, augment, normalise
 from mlomae.errors import UserError
-from mlomae.random import counter_uniform, stream_seed
+from mlomae.random import counter_uniforms, stream_seed
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class ShuffledBatches(Batches):
         epoch, position = divmod(number, len(self.subset) // self.batch)
         start = position * self.batch + self.first_row
         order = _permutation(len(self.subset), stream_seed(*self.order, epoch), device)
-        u = counter_uniform(self.augment_seed, number, self.first_row, (self.local, NUM_UNIFORMS), device)
+        u = _uniforms(self.augment_seed, number // _AHEAD, self.first_row, self.local, device)[
+            number % _AHEAD
+        ]
         images, labels = self.subset.read(order[start : start + self.local], self.kind, u)
         return PixelBatch(images, labels, number, self.first_row)
 
@@ -140,6 +142,16 @@ class OrderedBatches(Batches):
     def read(self, number: int) -> PixelBatch:
         rows = torch.arange(len(self.subset))[number * self.batch : (number + 1) * self.batch]
         return PixelBatch(*self.subset.read(rows, "none", torch.zeros(len(rows), NUM_UNIFORMS)), number, 0)
+
+
+# Batches whose random numbers are drawn together: for one they take longer than its crops.
+_AHEAD = 32
+
+
+@lru_cache(maxsize=4)
+def _uniforms(seed: int, chunk: int, first_row: int, rows: int, device: torch.device) -> Tensor:
+    """float32 [_AHEAD, rows, NUM_UNIFORMS] for the batches of a chunk."""
+    return counter_uniforms(seed, chunk * _AHEAD, _AHEAD, first_row, (rows, NUM_UNIFORMS), device)
 
 
 @lru_cache(maxsize=4)
