@@ -32,7 +32,7 @@ from mlomae.profile_times import (
 from mlomae.profile_trace import ITERATION, Reading, read_trace
 from mlomae.ranges import profiled
 from mlomae.run_dir import RunDir
-from mlomae.telemetry import Telemetry, run_telemetry
+from mlomae.telemetry import Telemetry
 from mlomae.trainer import Trainer
 
 NUM_OPERATORS = 10
@@ -129,7 +129,7 @@ class _Session:
         gc.freeze()
         try:
             self._warm_up()
-            telemetry = run_telemetry(self.config, trainer.world, trainer.precision, classes, estimator)
+            telemetry = trainer.start_telemetry()
             telemetry.flops_per_iteration = sum(flops.values())
             seconds = self._speed(telemetry)
             # Before the trace, which takes memory of its own.

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from benchmarks.peers.measure import Peer, main
-from benchmarks.peers.problem import ReadAhead
+from benchmarks.peers.plain_steps import plain_peer
 from mlomae.config import Config
-from mlomae.data.loader import LevelLoaders
 from mlomae.models.encoder import SIZES
 
 
 def build(config: Config, folder: Path, iterations: int) -> Peer:
-    """One outer iteration is as many plain steps as the other peers take on their lowest level."""
-    steps = config.pretrain.unroll_steps
-    stream = ReadAhead(LevelLoaders(config).pretrain, steps * iterations)
-    torch.manual_seed(config.seed)
-    model = ViTMAEForPreTraining(_translate(config)).train()
-    rates = config.pretrain
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rates.lr, betas=rates.betas, weight_decay=rates.weight_decay
+    return plain_peer(
+        config,
+        iterations,
+        lambda: ViTMAEForPreTraining(_translate(config)),
+        lambda model, images: model(pixel_values=images).loss,
     )
-
-    def iterate(number: int) -> None:
-        for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            model(pixel_values=stream.next().images).loss.backward()
-            optimizer.step()
-
-    return Peer(iterate)
 
 
 def _translate(config: Config) -> ViTMAEConfig:
