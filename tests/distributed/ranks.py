@@ -1,4 +1,4 @@
-"""Runs a function on several forked ranks and brings their results home."""
+"""Runs a function on several ranks and brings their results home."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     Raises:
         AssertionError: a rank raised, died or did not answer in time; all of them are dead then.
     """
-    context = multiprocessing.get_context("fork")
+    # Forks of this process would inherit what earlier tests left in it: locks of compiler threads that do not
+    # live in the fork, and autograd's, which refuses to work there.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "mlomae.trainer"])
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
