@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mlomae.config_errors import describe
 from mlomae.errors import UserError
@@ -19,6 +19,8 @@ from mlomae.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 Arch = Literal["vit_pico", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 Policy = Literal["learned", "random", "fixed", "weighted-random", "block"]
@@ -135,8 +137,15 @@ class MaskingConfig(Section):
 class DataConfig(Section):
     """Where images come from and how the three disjoint sets are made."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "folder", "shards"] = "digits"
-    path: Path | None = Field(None, description="folder of the data set (not needed for digits)")
+    dataset: Literal["digits", "cifar10", "cifar100", "folder", "shards", "csv", "medmnist"] = Field(
+        "digits", description="csv: path is a table of image files; medmnist: path is an .npz file"
+    )
+    path: Location | None = Field(
+        None,
+        description="of the data set: folder, file, or pattern of shards such as "
+        "https://…/train-{0000..0099}.tar (not needed for digits)",
+    )
+    test_path: Location | None = Field(None, description="pattern of the test shards, where path is one")
     download: bool = Field(False, description="let torchvision download cifar10/cifar100 into path")
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="share of training images for level mask")
     test_fraction: float = Field(
@@ -148,6 +157,15 @@ class DataConfig(Section):
         description="shift: 1-pixel translation; crop-flip: pad, crop, flip (CIFAR); "
         "resized-crop: RandomResizedCrop(0.2, 1) and flip (MAE)",
     )
+    max_bad_share: Share = Field(0.01, description="of the samples that may be bad; they are passed over")
+    access: Literal["auto", "random", "sequential"] = Field(
+        "auto",
+        description="of shards. sequential: front to back, for network disks and what is no file; "
+        "auto: random for files",
+    )
+    shuffle_buffer: Positive = Field(
+        4096, description="images per level in memory to be shuffled, where shards are read sequentially"
+    )
     workers: int = Field(0, ge=0, description="loader processes per level; 0 loads in the main process")
     resident: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -158,7 +176,13 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.dataset != "digits" and self.path is None:
-            raise ValueError(f"path is missing; dataset {self.dataset!r} needs the folder that holds it")
+            raise ValueError(
+                f"path is missing; dataset {self.dataset!r} needs the folder or file that holds it"
+            )
+        if self.access != "auto" and self.dataset != "shards":
+            raise ValueError(f"access {self.access!r} is for shards; leave it out for {self.dataset!r}")
+        if self.test_path is not None and self.dataset != "shards":
+            raise ValueError(f"test_path is for shards; leave it out for {self.dataset!r}")
         return self
 
 
@@ -314,8 +338,9 @@ class Config(Section):
 # Fields that may change when a run directory is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
     "run_dir", "device", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
-    "data.path", "data.download", "data.workers", "data.resident", "model.attention", "model.predict",
-    "pretrain.micro_batches", "compute.execution", "compute.activation_checkpointing",
+    "data.path", "data.test_path", "data.download", "data.max_bad_share", "data.workers", "data.resident",
+    "model.attention", "model.predict", "pretrain.micro_batches", "compute.execution",
+    "compute.activation_checkpointing",
 }  # fmt: skip
 
 

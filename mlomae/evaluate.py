@@ -43,7 +43,7 @@ def evaluate_features(
     Returns:
         ``<prefix>knn_accuracy`` and ``<prefix>linear_accuracy`` in [0, 1] on rank 0, nothing elsewhere.
     """
-    parts: tuple[Part, ...] = ("train", "heldout", "test")
+    parts: tuple[Part, ...] = ("labelled", "heldout", "test")
     # All features before any score: ranks that waited for rank 0's probes would time out.
     collected = {
         prefix: [_features(encode, loaders, part, world) for part in parts]

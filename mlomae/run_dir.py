@@ -6,6 +6,7 @@
 * ``checkpoints/``: see ``mlomae.checkpoint``
 * ``mask.png``: the latest mask picture
 * ``encoder.safetensors``: the encoder of the latest checkpoint, as a timm state dict
+* ``bad_samples.jsonl``: images that could not be used, if there were any
 * ``result.json``: the final evaluation; its presence means that the run is complete
 """
 
@@ -67,6 +68,10 @@ class RunDir:
     @property
     def encoder(self) -> Path:
         return self.path / "encoder.safetensors"
+
+    @property
+    def bad_samples(self) -> Path:
+        return self.path / "bad_samples.jsonl"
 
     @property
     def result(self) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlomae import checkpoint
+from mlomae.bad_samples import BadSamples
 from mlomae.build import build_levels, describe_implementations
 from mlomae.compilation import eagerly
 from mlomae.config import Config
@@ -58,6 +59,7 @@ class Trainer:
         self.levels = build_levels(config, self.loaders, world, ds_config, self.precision)
         self.implementations = describe_implementations(config, world, self.precision)
         self.telemetry: Telemetry | None = None
+        self.bad_samples = BadSamples(self.loaders.ledger, run_dir.bad_samples)
         self.meters = Meters()
         self.guard = FiniteGuard()
         self.iteration = 0
@@ -81,6 +83,7 @@ class Trainer:
         if self.world.primary:
             print(self.implementations, flush=True)
         config = self.config
+        self.bad_samples.restore()
         writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)
         logbook = Logbook(writer, self.guard)
         try:
@@ -96,6 +99,7 @@ class Trainer:
             return self.evaluate()
         except (KeyboardInterrupt, UserError):
             logbook.write_waiting()
+            self.bad_samples.write_own()
             raise
         finally:
             gc.unfreeze()
@@ -169,6 +173,7 @@ class Trainer:
             # Before anything is written: a broken checkpoint must not replace a good one.
             logbook.flush()
             self.guard.check()
+            self.bad_samples.exchange()
         # With the waits for the device, without saving and drawing.
         spent = time.perf_counter() - started
         self.seconds += spent
@@ -189,9 +194,10 @@ class Trainer:
             (noiseless,) = collectives.average([noiseless.mean(dim=0)])
             statistics["mask/agreement_noiseless"] = mask_agreement(noiseless, batch_size)
             statistics |= score_statistics(masked.scores, self.config.masking.logit_bound)
-        figures = {
+        figures: dict[str, float] = {
             f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()
         }
+        figures["bad_samples"] = len(self.loaders.ledger)
         if self.telemetry is not None:
             figures |= self.telemetry.read()
         logbook.begin(self.iteration, {**self.meters.take(), **statistics}, frequency, figures)
@@ -291,6 +297,8 @@ class Trainer:
         if self.loaders.num_classes is not None:
             encoders = {"": encode} | ({"pixel_": pixels} if self.config.eval.pixels else {})
             result |= evaluate_features(encoders, self.loaders, self.config, self.world)
+        self.bad_samples.exchange()
+        result["bad_samples"] = len(self.loaders.ledger)
         if not self.world.primary:
             return {}
         self.run_dir.write_result(result)

@@ -90,13 +90,13 @@ def test_bad_arguments_get_one_line(arguments: list[str], message: str, refuse: 
     assert refuse(*arguments).startswith(message)
 
 
-@pytest.mark.parametrize("dataset", ["folder", "shards"])
-def test_a_missing_data_folder_is_named(dataset: str, tmp_path: Path, refuse: Refuse) -> None:
+@pytest.mark.parametrize("dataset, what", [("folder", "images"), ("shards", "shards")])
+def test_a_missing_data_folder_is_named(dataset: str, what: str, tmp_path: Path, refuse: Refuse) -> None:
     nowhere = tmp_path / "nowhere"
 
     line = refuse("--data.dataset", dataset, "--data.path", nowhere)
 
-    assert line == f"data.path: {nowhere} is not a folder; give the folder that holds the images"
+    assert line == f"data.path: {nowhere} is not a folder; give the folder that holds the {what}"
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])

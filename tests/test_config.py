@@ -70,7 +70,7 @@ def refusal_of_text(folder: Path, text: str | bytes) -> str:
         (
             "data.dataset",
             "cifar10",
-            "data: path is missing; dataset 'cifar10' needs the folder that holds it",
+            "data: path is missing; dataset 'cifar10' needs the folder or file that holds it",
         ),
         ("data.path", "2020-13-45", "--data.path: '2020-13-45' is not a YAML value"),
         ("pretrain.lr", "-1e-3", "pretrain.lr: input should be greater than or equal to 0, found '-1e-3'"),

@@ -108,7 +108,9 @@ class _Loaders:
     """Blobs as 1 x 1 images with ``DIM`` channels, in batches of 16."""
 
     def evaluation(self, part: str) -> Iterator[Batch]:
-        blobs = {"train": _blobs(90, 0, 1.5), "heldout": _blobs(40, 1, 1.5), "test": _blobs(70, 2, 1.5)}[part]
+        blobs = {"labelled": _blobs(90, 0, 1.5), "heldout": _blobs(40, 1, 1.5), "test": _blobs(70, 2, 1.5)}[
+            part
+        ]
         images, labels = torch.from_numpy(blobs.features)[:, :, None, None], torch.from_numpy(blobs.labels)
         for number, start in enumerate(range(0, len(labels), 16)):
             yield Batch(images[start : start + 16], labels[start : start + 16], number, 0)

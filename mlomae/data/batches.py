@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from mlomae.data.sources import Source
-from mlomae.data.transforms import NUM_UNIFORMS, Augment, augment, normalise
+from mlomae.data.faults import Fault
+from mlomae.data.subset import Loaded, Subset
+from mlomae.data.transforms import NUM_UNIFORMS, Augment, normalise
 from mlomae.errors import UserError
 from mlomae.random import counter_uniforms, stream_seed
 
@@ -33,9 +34,16 @@ class PixelBatch:
     """A batch as it travels: a byte per number, a quarter of what it becomes on the device."""
 
     pixels: Tensor  # uint8 [B, C, H, W], augmented
+    indices: Tensor  # int64 [B], into the source
     labels: Tensor | None
     number: int
     first_row: int
+    faults: tuple[Fault, ...]  # met on the way
+
+    @classmethod
+    def of(cls, loaded: Loaded, number: int, first_row: int) -> PixelBatch:
+        """Loaded rows as batch ``number``."""
+        return cls(loaded.images, loaded.indices, loaded.labels, number, first_row, loaded.faults)
 
     def to(self, device: torch.device) -> PixelBatch:
         """On the device; from pinned memory without waiting."""
@@ -53,37 +61,6 @@ class PixelBatch:
         return Batch(images, self.labels, self.number, self.first_row)
 
 
-@dataclass(frozen=True)
-class Subset:
-    """Some images of a source, at one size.
-
-    Attributes:
-        source: of the images.
-        indices: int64 [n], into the source, on the device on which images are augmented.
-        size: height, width.
-        mean, std: per channel, of values in [0, 1].
-        resident: whether the images lie decoded on that device (``mlomae.data.resident``).
-    """
-
-    source: Source
-    indices: Tensor
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resident: bool = False
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, rows: Tensor, kind: Augment, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images uint8 [B, C, H, W] and labels int64 [B] of ``rows`` [B]; u is [B, NUM_UNIFORMS]."""
-        indices = self.indices[rows]
-        stack = self.source.stack
-        images = map(self.source.read, indices.tolist()) if stack is None else stack.index_select(0, indices)
-        labels = None if self.source.labels is None else self.source.labels[indices]
-        return augment(kind, images, u, self.size), labels
-
-
 class Batches(TorchDataset["PixelBatch | UserError"], ABC):
     """Whole batches by number. A UserError is returned: raised, a worker would wrap it in a traceback."""
 
@@ -99,39 +76,49 @@ class Batches(TorchDataset["PixelBatch | UserError"], ABC):
 
 
 @dataclass(frozen=True)
-class ShuffledBatches(Batches):
-    """An endless sequence, in a new order each epoch; an epoch's incomplete last batch is dropped.
+class Order:
+    """Which rows the batches of an endless stream take, and what augments them.
 
     Attributes:
-        order: seed and names from which the order of each epoch is drawn.
+        seed: seed and names from which the order of each epoch is drawn.
         augment_seed: of the numbers behind the augmentation.
         batch, local: images of a global batch, and of this rank's share.
         first_row: where the share begins.
     """
 
-    subset: Subset
-    kind: Augment
-    order: tuple[int, str, str]
+    seed: tuple[int, str, str]
     augment_seed: int
     batch: int
     local: int
     first_row: int
 
+    def uniforms(self, number: int, device: torch.device) -> Tensor:
+        """float32 [local, NUM_UNIFORMS] for this rank's rows of batch ``number``."""
+        ahead = _uniforms(self.augment_seed, number // _AHEAD, self.first_row, self.local, device)
+        return ahead[number % _AHEAD]
+
+
+@dataclass(frozen=True)
+class ShuffledBatches(Batches):
+    """An endless sequence, in a new order each epoch; an epoch's incomplete last batch is dropped."""
+
+    subset: Subset
+    kind: Augment
+    order: Order
+
     def read(self, number: int) -> PixelBatch:
-        device = self.subset.indices.device
-        epoch, position = divmod(number, len(self.subset) // self.batch)
-        start = position * self.batch + self.first_row
-        order = _permutation(len(self.subset), stream_seed(*self.order, epoch), device)
-        u = _uniforms(self.augment_seed, number // _AHEAD, self.first_row, self.local, device)[
-            number % _AHEAD
-        ]
-        images, labels = self.subset.read(order[start : start + self.local], self.kind, u)
-        return PixelBatch(images, labels, number, self.first_row)
+        order, device = self.order, self.subset.indices.device
+        epoch, position = divmod(number, len(self.subset) // order.batch)
+        start = position * order.batch + order.first_row
+        rows = permutation(len(self.subset), stream_seed(*order.seed, epoch), device)
+        chosen = rows[start : start + order.local]
+        loaded = self.subset.read(chosen, self.kind, order.uniforms(number, device))
+        return PixelBatch.of(loaded, number, order.first_row)
 
 
 @dataclass(frozen=True)
 class OrderedBatches(Batches):
-    """All images once, in order, not augmented; the last batch may be short."""
+    """All images once, in order, not augmented; bad samples are left out, the last batch may be short."""
 
     subset: Subset
     batch: int
@@ -141,7 +128,7 @@ class OrderedBatches(Batches):
 
     def read(self, number: int) -> PixelBatch:
         rows = torch.arange(len(self.subset))[number * self.batch : (number + 1) * self.batch]
-        return PixelBatch(*self.subset.read(rows, "none", torch.zeros(len(rows), NUM_UNIFORMS)), number, 0)
+        return PixelBatch.of(self.subset.read_good(rows), number, 0)
 
 
 # Batches whose random numbers are drawn together: for one they take longer than its crops.
@@ -155,7 +142,7 @@ def _uniforms(seed: int, chunk: int, first_row: int, rows: int, device: torch.de
 
 
 @lru_cache(maxsize=4)
-def _permutation(length: int, seed: int, device: torch.device) -> Tensor:
+def permutation(length: int, seed: int, device: torch.device) -> Tensor:
     """int64 [length]; cached because all batches of an epoch share it."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
     return order if device.type == "cpu" else order.pin_memory().to(device, non_blocking=True)
@@ -170,7 +157,7 @@ def iterate(
         pin: hand them over in memory that a GPU reads itself.
 
     Raises:
-        UserError: a sample cannot be read.
+        UserError: a set cannot be read.
     """
     # The generator keeps the loader from drawing its (unused) worker seed from the global state.
     loader = DataLoader(

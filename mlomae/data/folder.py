@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlomae.data.images import decode_image
+from mlomae.data.faults import BadSample
 from mlomae.errors import UserError
+
+UNLABELLED = ("unlabelled", "unlabeled")  # a folder beside the class folders that is no class
 
 
 def list_images(root: Path) -> tuple[str, ...]:
@@ -44,43 +46,36 @@ def find_classes(root: Path, names: Sequence[str]) -> list[str] | None:
     """Sorted names of the class folders (the first parts of ``names``); None when there are none.
 
     Raises:
-        UserError: some images lie in class folders and some do not.
+        UserError: some images lie in class folders and some outside of any folder.
     """
     loose = [name for name in names if "/" not in name]
-    if len(loose) == len(names):
+    classes = sorted({name.split("/", 1)[0] for name in names if "/" in name}.difference(UNLABELLED))
+    if not classes:
         return None
     if loose:
         raise UserError(
             f"data.path: {root} holds class folders and also {len(loose)} images outside of them, such as "
-            f"{loose[0]}; put every image into a class folder, or none"
+            f"{loose[0]}; put every image into a class folder or into 'unlabelled', or all into none"
         )
-    return sorted({name.split("/", 1)[0] for name in names})
+    return classes
 
 
-class FolderSource:
-    """The images ``names`` below ``root``; the first part of a name is its class where classes are given."""
+def class_labels(
+    root: Path, names: Sequence[str], classes: Sequence[str] | None, partial: bool = False
+) -> Tensor | None:
+    """Class numbers int64 [N] from the first parts of ``names``; None where there are no classes.
 
-    stack: None = None
+    Args:
+        partial: images in a folder ``unlabelled`` get -1; it is refused otherwise.
 
-    def __init__(
-        self, root: Path, names: Sequence[str], classes: Sequence[str] | None, in_chans: int
-    ) -> None:
-        self.keys = names
-        self.labels = None if classes is None else _labels(root, names, classes)
-        self._root = root
-        self._in_chans = in_chans
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def read(self, index: int) -> Tensor:
-        """uint8 [C, H, W]."""
-        path = self._root / self.keys[index]
-        return decode_image(path, self._in_chans, str(path))
-
-
-def _labels(root: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    Raises:
+        UserError: an image lies in no class folder.
+    """
+    if classes is None:
+        return None
     number = {name: index for index, name in enumerate(classes)}
+    if partial:
+        number.update(dict.fromkeys(UNLABELLED, -1))
     folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     unknown = next((folder for folder in folders if folder not in number), None)
     if unknown is not None:
@@ -89,3 +84,28 @@ def _labels(root: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor:
             f"data.path: {root} has {found}; expected the {len(classes)} class folders of training"
         )
     return torch.tensor([number[folder] for folder in folders])
+
+
+class FilesSource:
+    """One image per file: ``names`` are relative to ``root`` (or absolute) and serve as keys."""
+
+    stack: None = None
+
+    def __init__(self, root: Path, names: Sequence[str], labels: Tensor | None) -> None:
+        self.keys = names
+        self.labels = labels
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def content(self, index: int) -> bytes:
+        """The file, as it is.
+
+        Raises:
+            BadSample: it is missing or cannot be read.
+        """
+        try:
+            return (self._root / self.keys[index]).read_bytes()
+        except OSError as error:
+            raise BadSample("unreadable", f"cannot be read ({error.strerror})") from None

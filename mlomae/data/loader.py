@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from mlomae.config import Config
-from mlomae.data.batches import Batch, OrderedBatches, Subset, iterate
+from mlomae.data.batches import Batch, OrderedBatches, PixelBatch, iterate
+from mlomae.data.dataset import Source
+from mlomae.data.ledger import FaultLedger
 from mlomae.data.resident import can_be_resident, is_worthwhile, make_resident
-from mlomae.data.sources import Source, open_dataset
+from mlomae.data.shards import ShardSource
+from mlomae.data.sources import open_dataset
 from mlomae.data.splits import make_splits
 from mlomae.data.stream import Stream
+from mlomae.data.subset import Subset
 from mlomae.data.transforms import Augment
 from mlomae.errors import UserError
 
 Level = Literal["pretrain", "head", "mask"]
-Part = Literal["train", "heldout", "test"]
+Part = Literal["train", "labelled", "heldout", "test"]
 
 CPU = torch.device("cpu")
 
@@ -27,8 +31,9 @@ CPU = torch.device("cpu")
 class LevelLoaders:
     """The streams of the three levels and the sets they come from.
 
-    ``pretrain`` and ``head`` read the training set, augmented; ``mask`` reads the held-out set as it is.
-    ``head`` and ``mask`` are None where the masking policy does not learn. No stream reads the test set.
+    ``pretrain`` reads the training set and ``head`` its labelled images, augmented; ``mask`` reads the
+    held-out set as it is. ``head`` and ``mask`` are None where the masking policy does not learn. No stream
+    reads the test set. The bad samples that they meet are in ``ledger``.
 
     Raises:
         UserError: the data is missing, damaged, overlapping, too small, or lacks needed labels.
@@ -42,6 +47,8 @@ class LevelLoaders:
         self._dataset = open_dataset(data, config.model.in_chans)
         self.num_classes = self._dataset.num_classes
         self.mean, self.std = self._dataset.mean, self._dataset.std
+        self.ledger = FaultLedger(data.max_bad_share)
+        self._expect(self._dataset.train)
         learns = config.masking.learns
         if learns and self._dataset.train.labels is None:
             raise UserError(
@@ -55,31 +62,49 @@ class LevelLoaders:
 
         def stream(level: Level, part: Part, kind: Augment) -> Stream:
             subset, batch = self._placed(level, part, kind), getattr(config, level).batch_size
-            return Stream(subset, level, batch, config.seed, kind, data.workers, rank, world_size, device)
+            share = rank, world_size, device
+            return Stream(
+                subset,
+                level,
+                batch,
+                config.seed,
+                kind,
+                data.workers,
+                *share,
+                self.ledger,
+                self._buffer(subset),
+            )
 
+        labelled: Part = "train" if len(self._splits.labelled) == len(self._splits.train) else "labelled"
         self.pretrain = stream("pretrain", "train", data.augment)
-        self.head = stream("head", "train", data.augment) if learns else None
+        self.head = stream("head", labelled, data.augment) if learns else None
         self.mask = stream("mask", "heldout", "none") if learns else None
 
     @property
     def sizes(self) -> dict[Part, int]:
-        """Images per set; "test" is missing where counting would mean opening the test part."""
-        sizes: dict[Part, int] = {"train": len(self._splits.train), "heldout": len(self._splits.heldout)}
-        if self._splits.test is not None:
-            sizes["test"] = len(self._splits.test)
+        """Images per set; "test" is missing where counting would mean opening the test part.
+
+        "labelled" tells how many training images have a label, where not all of them have one.
+        """
+        splits = self._splits
+        sizes: dict[Part, int] = {"train": len(splits.train), "heldout": len(splits.heldout)}
+        if len(splits.labelled) < len(splits.train):
+            sizes["labelled"] = len(splits.labelled)
+        if splits.test is not None:
+            sizes["test"] = len(splits.test)
         elif self._dataset.files is not None and not self._dataset.files[1].shards:
             sizes["test"] = len(self._dataset.files[1].names)
         return sizes
 
     def evaluation(self, part: Part) -> Iterator[Batch]:
-        """All images of a set once, in order, not augmented; the last batch may be short.
+        """All images of a set once, in order, not augmented; batches may be short or missing for bad samples.
 
         Every rank gets all of them: ``number`` counts the batches, ``first_row`` is 0.
         """
         subset = self._subset(part)
         batches = OrderedBatches(subset, self._config.eval.batch_size)
         read = iterate(batches, range(len(batches)), self._config.data.workers)
-        return (batch.normalised(subset) for batch in read)
+        return (batch.normalised(subset) for batch in read if self._is_usable(batch))
 
     def sample_images(self, part: Part, count: int) -> Tensor:
         """The first ``count`` images of a set (all if it has fewer): float32 [count, C, H, W], normalised."""
@@ -91,6 +116,17 @@ class LevelLoaders:
         for stream in (self.pretrain, self.head, self.mask):
             if stream is not None:
                 stream.close()
+
+    def _is_usable(self, batch: PixelBatch) -> bool:
+        """Takes down a batch's bad samples; whether any good one is left."""
+        self.ledger.add(batch.faults)
+        return len(batch.indices) > 0
+
+    def _expect(self, source: Source) -> None:
+        """Opens the account of a part's bad samples with those that its shards' headers showed."""
+        faults = source.index.faults if isinstance(source, ShardSource) else ()
+        self.ledger.expect(len(source) + len(faults))
+        self.ledger.add(faults)
 
     def _placed(self, level: Level, part: Part, kind: Augment) -> Subset:
         """The set of a level where its stream reads it: on the device, if ``data.resident`` says so.
@@ -109,8 +145,23 @@ class LevelLoaders:
         if wanted == "never" or (wanted == "auto" and part not in self._resident and not worthwhile):
             return subset
         if part not in self._resident:
-            self._resident[part] = make_resident(subset, self._device)
+            self._resident[part], faults = make_resident(subset, self._device)
+            self.ledger.add(faults)
         return self._resident[part]
+
+    def _buffer(self, subset: Subset) -> int | None:
+        """Images that a stream shuffles in memory; None where it reads in random order.
+
+        Raises:
+            UserError: random order is asked for and cannot be had.
+        """
+        data = self._config.data
+        if not isinstance(subset.source, ShardSource):
+            return None
+        if data.access == "random" and subset.source.remote:
+            raise UserError(f"data.access: random, but {data.path} is no file; use auto")
+        sequential = data.access == "sequential" or subset.source.remote
+        return data.shuffle_buffer if sequential else None
 
     def _subset(self, part: Part) -> Subset:
         if part == "test":
@@ -123,6 +174,7 @@ class LevelLoaders:
             assert self._splits.test is not None, "split off where there is no test part"
             return self._make_subset(self._dataset.train, self._splits.test)
         source = self._dataset.open_test()
+        self._expect(source)
         return self._make_subset(source, torch.arange(len(source)))
 
     def _make_subset(self, source: Source, indices: Tensor) -> Subset:

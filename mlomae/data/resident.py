@@ -9,9 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlomae.data.batches import Subset
-from mlomae.data.sources import TensorSource
-from mlomae.data.transforms import NUM_UNIFORMS, Augment
+from mlomae.data.dataset import TensorSource
+from mlomae.data.faults import Fault
+from mlomae.data.shards import ShardSource
+from mlomae.data.subset import Loaded, Subset
+from mlomae.data.transforms import Augment
 
 # What "auto" takes of a device's memory for one set: CIFAR needs 150 MB.
 MAX_BYTES = 2**30
@@ -36,29 +38,36 @@ def is_worthwhile(subset: Subset, channels: int, images_to_read: int) -> bool:
     return num_bytes <= MAX_BYTES and (decoded or images_to_read >= 2 * len(subset))
 
 
-def make_resident(subset: Subset, device: torch.device) -> Subset:
+def make_resident(subset: Subset, device: torch.device) -> tuple[Subset, list[Fault]]:
     """The same set with its images on the device.
 
-    Decoding takes as long as one epoch's reading, shared by as many threads as there are processors.
+    Decoding takes as long as one epoch's reading, shared by as many threads as there are processors. In place
+    of a bad sample stands the next good one, as where batches are read one by one.
+
+    Returns:
+        The set, and the bad samples.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: the set cannot be read.
     """
-    rows = torch.arange(len(subset)).split(_CHUNK)
+    chunks = torch.arange(len(subset)).split(_CHUNK)
 
-    def read(chunk: Tensor) -> Tensor:
-        return subset.read(chunk, "none", torch.zeros(len(chunk), NUM_UNIFORMS))[0]
+    def read(rows: Tensor) -> Loaded:
+        return subset.read(rows, "none", torch.zeros(len(rows), 0))
 
     if subset.source.stack is not None:
-        parts = [read(chunk) for chunk in rows]
+        parts = [read(rows) for rows in chunks]
     else:
-        # Decoders release the interpreter lock.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            parts = list(pool.map(read, rows))
-    labels = subset.source.labels
+        # Decoders release the interpreter lock. What comes front to back has to be asked for in that order.
+        threads = 1 if isinstance(subset.source, ShardSource) and subset.source.remote else os.cpu_count()
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(read, chunks))
+    labels = [part.labels for part in parts if part.labels is not None]
+    keys = subset.source.keys
     source = TensorSource(
-        [subset.source.keys[index] for index in subset.indices.tolist()],
-        torch.cat(parts).to(device),
-        None if labels is None else labels[subset.indices].to(device),
+        [keys[index] for index in subset.indices.tolist()],
+        torch.cat([part.images for part in parts]).to(device),
+        torch.cat(labels).to(device) if labels else None,
     )
-    return replace(subset, source=source, indices=torch.arange(len(subset), device=device), resident=True)
+    placed = replace(subset, source=source, indices=torch.arange(len(subset), device=device), resident=True)
+    return placed, [fault for part in parts for fault in part.faults]

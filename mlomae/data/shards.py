@@ -1,161 +1,178 @@
-"""Local WebDataset shards with random access: one header pass, then positioned reads."""
+"""WebDataset shards as a source: by random access where they are files, else read front to back."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import tarfile
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-import torch
 from torch import Tensor
 
-from mlomae.data.images import decode_image
-from mlomae.errors import UserError
+from mlomae.data.faults import BadSample
+from mlomae.data.shard_table import ShardIndex
+from mlomae.data.urls import is_remote, local_path, open_stream, with_retries
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-MAX_OPEN = 128  # descriptors kept per source and process, well below the usual limit of 1024
+MAX_OPEN = 128  # descriptors kept per reader and process, well below the usual limit of 1024
+_HEADER = 512  # bytes of the header before a member's content
+_PIECE = 2**20  # bytes read at once where a stream is passed over
 
-Extent = tuple[int, int]  # offset and size in bytes within a shard
+
+class Reader(Protocol):
+    """Reads samples of shards."""
+
+    def content(self, index: int) -> bytes:
+        """The encoded image of one sample.
+
+        What is read is checked against the index: a shard that has changed since gives no wrong sample.
+
+        Raises:
+            BadSample: the shard holds something else at its place.
+            UserError: the shard cannot be read, or is too short.
+        """
 
 
 class ShardSource:
-    """All samples of the tar files ``names`` in ``root``; a key is ``<shard>/<sample key>``.
+    """The samples of an index; a key is ``<shard>/<sample key>``.
 
-    A label is the integer in ``.cls``, or ``label`` in ``.json``.
-
-    Raises:
-        UserError: a shard is damaged, a sample lacks an image, or only some samples have a label.
+    Attributes:
+        index: of the shards.
+        remote: whether they are read front to back; a jump backwards opens a shard again.
     """
 
     stack: None = None
 
-    def __init__(self, root: Path, names: Sequence[str], in_chans: int) -> None:
-        self._paths = [root / name for name in names]
-        self._in_chans = in_chans
-        self._descriptors: dict[int, int] = {}
-        self._lock = Lock()
-        self.keys: list[str] = []
-        extents: list[tuple[int, int, int]] = []
-        labels: list[int | None] = []
-        for number, path in enumerate(self._paths):
-            for key, image, label in _read_index(path):
-                self.keys.append(f"{path.name}/{key}")
-                extents.append((number, *image))
-                labels.append(label)
-        if not self.keys:
-            raise UserError(f"data.path: no samples in {root}/{names[0]} and its siblings; expected images")
-        self._extents = torch.tensor(extents)
-        known = [label for label in labels if label is not None]
-        if known and len(known) < len(labels):
-            key = self.keys[labels.index(None)]
-            raise UserError(
-                f"{root}/{key}: has no label although others have; add its .cls, or remove all labels"
-            )
-        self.labels = torch.tensor(known) if known else None
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self.remote = any(is_remote(shard.url) for shard in index.shards)
+        self.keys: Sequence[str] = index.samples.keys
+        labels = index.samples.labels
+        self.labels: Tensor | None = labels if bool((labels >= 0).any()) else None
+        self._reader = self.open_reader()
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, index: int) -> Tensor:
-        """uint8 [C, H, W]."""
-        shard, offset, size = self._extents[index].tolist()
-        with self._lock:  # another thread may close a descriptor to make room
-            content = os.pread(self._descriptor(shard), size, offset)
-        name = f"{self._paths[shard].parent}/{self.keys[index]}"
-        return decode_image(io.BytesIO(content), self._in_chans, name)
+    def content(self, index: int) -> bytes:
+        return self._reader.content(index)
 
-    def _descriptor(self, shard: int) -> int:
+    def open_reader(self) -> Reader:
+        """A reader with a place of its own in the shards."""
+        return StreamReader(self.index) if self.remote else FileReader(self.index)
+
+
+class FileReader:
+    """Positioned reads of shards that are files; threads and forked processes may share one."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._descriptors: dict[int, int] = {}
+        self._lock = Lock()
+
+    def content(self, index: int) -> bytes:
+        shard, offset, size = _extent(self._index, index)
+        url = self._index.shards[shard].url
+
+        def read() -> bytes:
+            with self._lock:  # another thread may close a descriptor to make room
+                block = os.pread(self._descriptor(shard, url), _HEADER + size, offset - _HEADER)
+            if len(block) < _HEADER + size:
+                raise EOFError(f"it ends at byte {offset - _HEADER + len(block)}, before {offset + size}")
+            return block
+
+        return _checked(self._index.samples.keys[index], with_retries(read, url))
+
+    def _descriptor(self, shard: int, url: str) -> int:
         # A forked worker may share these: a positioned read has no file position to fight over.
         if shard not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            try:
-                self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{self._paths[shard]}: cannot be opened ({error.strerror})") from None
+            self._descriptors[shard] = os.open(local_path(url), os.O_RDONLY)
         return self._descriptors[shard]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}, "_lock": None}  # a spawned worker opens its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=Lock())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileReader, (self._index,)  # a spawned worker opens its own
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
 
-def list_shards(root: Path, part: str) -> tuple[str, ...]:
-    """Sorted names of ``<part>-*.tar`` in ``root``."""
-    return tuple(sorted(path.name for path in root.glob(f"{part}-*.tar")))
+class StreamReader:
+    """Reads shards front to back, wherever they come from; one is open at a time."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._stream: BinaryIO | None = None
+        self._shard, self._position, self._process = -1, 0, os.getpid()
+        self._lock = Lock()
+
+    def content(self, index: int) -> bytes:
+        shard, offset, size = _extent(self._index, index)
+        url = self._index.shards[shard].url
+
+        def read() -> bytes:
+            try:
+                stream = self._seek(shard, url, offset - _HEADER)
+                return self._read(stream, _HEADER + size)
+            except BaseException:
+                self.close()  # the next attempt opens it again
+                raise
+
+        with self._lock:
+            return _checked(self._index.samples.keys[index], with_retries(read, url))
+
+    def close(self) -> None:
+        """Gives the connection back; the next read opens one."""
+        if self._stream is not None and self._process == os.getpid():
+            self._stream.close()
+        self._stream = None
+
+    def _seek(self, shard: int, url: str, position: int) -> BinaryIO:
+        # A fork must leave its parent's connection alone.
+        continues = self._process == os.getpid() and shard == self._shard and position >= self._position
+        if self._stream is None or not continues:
+            self.close()
+            self._stream = open_stream(url)
+            self._shard, self._position, self._process = shard, 0, os.getpid()
+        while self._position < position:
+            self._read(self._stream, min(_PIECE, position - self._position))
+        return self._stream
+
+    def _read(self, stream: BinaryIO, size: int) -> bytes:
+        parts: list[bytes] = []
+        missing = size
+        while missing:
+            part = stream.read(missing)
+            if not part:
+                raise EOFError(f"it ends at byte {self._position}, before {self._position + missing}")
+            parts.append(part)
+            missing -= len(part)
+            self._position += len(part)
+        return b"".join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamReader, (self._index,)
+
+    def __del__(self) -> None:
+        self.close()
 
 
-def _read_index(path: Path) -> list[tuple[str, Extent, int | None]]:
-    """(key, extent of the image, label) of each sample of one shard, in file order."""
-    try:
-        with path.open("rb") as file:
-            samples = _group_members(path, file)
-            return [
-                (key, _image(path, key, parts), _label(file, path, key, parts))
-                for key, parts in samples.items()
-            ]
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a complete tar file ({error}); write or copy the shard again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+def _extent(index: ShardIndex, sample: int) -> tuple[int, int, int]:
+    """Shard number, and where the image's bytes lie in the shard: offset and size."""
+    samples = index.samples
+    return int(samples.shards[sample]), int(samples.offsets[sample]), int(samples.sizes[sample])
 
 
-def _group_members(path: Path, file: BinaryIO) -> dict[str, dict[str, Extent]]:
-    """{sample key: {suffix: extent}} from the headers alone, grouped by WebDataset's key rule."""
-    from webdataset.tariterators import base_plus_ext
-
-    samples: dict[str, dict[str, Extent]] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, suffix = base_plus_ext(member.name)
-            if not member.isfile() or key is None:
-                continue
-            parts = samples.setdefault(key, {})
-            if suffix.lower() in parts:
-                raise UserError(f"{path}: two members are called {member.name}; sample keys must be unique")
-            parts[suffix.lower()] = (member.offset_data, member.size)
-        end = tar.offset
-    # tarfile takes a cut between members, or a damaged later header, for the end of the archive.
-    block = os.pread(file.fileno(), tarfile.BLOCKSIZE, end)
-    if len(block) < tarfile.BLOCKSIZE or any(block):
-        raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
-    return samples
-
-
-def _image(path: Path, key: str, parts: dict[str, Extent]) -> Extent:
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in parts:
-            return parts[suffix]
-    expected = ", ".join(IMAGE_SUFFIXES)
-    raise UserError(
-        f"{path}: sample {key!r} has no image, only {', '.join(parts)}; expected one of {expected}"
-    )
-
-
-def _label(file: BinaryIO, path: Path, key: str, parts: dict[str, Extent]) -> int | None:
-    for suffix in ("cls", "json"):
-        if suffix not in parts:
-            continue
-        offset, size = parts[suffix]
-        content = os.pread(file.fileno(), size, offset)
-        try:
-            label = int(content) if suffix == "cls" else json.loads(content).get("label")
-            if label is not None and (type(label) is not int or label < 0):
-                raise ValueError
-        except (ValueError, AttributeError):
-            expected = "a class number" if suffix == "cls" else '{"label": class number}'
-            raise UserError(f"{path}: {key}.{suffix} holds {content[:40]!r}, expected {expected}") from None
-        if label is not None:
-            return label
-    return None
+def _checked(key: str, block: bytes) -> bytes:
+    """What follows a tar header, if the header names the sample."""
+    name = key.partition("/")[2].encode() + b"."
+    # A longer name stands elsewhere.
+    if len(name) < 90:
+        prefix = block[345:500].rstrip(b"\0") if block[257:262] == b"ustar" else b""
+        found = (prefix + b"/" if prefix else b"") + block[:100]
+        if not found.startswith(name):
+            raise BadSample(
+                "misplaced", "its shard holds something else at its place; index the shards again"
+            )
+    return block[_HEADER:]

@@ -1,87 +1,19 @@
-"""Data sets as indexable parts. A test part is opened only when asked for."""
+"""Opens the data set that a configuration names."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from mlomae.config import DataConfig
-from mlomae.data.folder import FolderSource, find_classes, list_images
-from mlomae.data.images import MODES
-from mlomae.data.shards import ShardSource, list_shards
+from mlomae.data.csv_table import open_csv
+from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, TensorSource
+from mlomae.data.decoding import MODES
+from mlomae.data.folder import FilesSource, class_labels, find_classes, list_images
+from mlomae.data.medmnist import open_medmnist
+from mlomae.data.shard_sets import open_shards
 from mlomae.errors import UserError
-
-# Channel means and standard deviations of values in [0, 1].
-STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "digits": ((0.305,), (0.376,)),
-    "cifar10": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
-    "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
-    "L": ((0.449,), (0.226,)),  # photographs in grey
-    "RGB": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # photographs (ImageNet)
-}
-
-
-class Source(Protocol):
-    """One indexable part of a data set."""
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Stable, unique names of the samples."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """int64 [N], or None when the samples have no labels."""
-
-    @property
-    def stack(self) -> Tensor | None:
-        """uint8 [N, C, H, W] when all images lie in memory at one size."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Tensor:
-        """Decodes one sample: uint8 [C, H, W]."""
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Images of one size, in memory."""
-
-    keys: Sequence[str]
-    stack: Tensor
-    labels: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def read(self, index: int) -> Tensor:
-        return self.stack[index]
-
-
-@dataclass(frozen=True)
-class PartFiles:
-    """The files behind a part: names relative to ``root``, either images or whole shards."""
-
-    root: Path
-    names: Sequence[str]
-    shards: bool = False
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set: its training part, and how to open its test part where it has one of its own."""
-
-    train: Source
-    num_classes: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    open_test: Callable[[], Source] | None = None
-    files: tuple[PartFiles, PartFiles] | None = None  # of training and of test, where both are known
 
 
 def open_dataset(data: DataConfig, in_chans: int) -> Dataset:
@@ -93,14 +25,21 @@ def open_dataset(data: DataConfig, in_chans: int) -> Dataset:
     if data.dataset == "digits":
         return _open_digits(in_chans)
     assert data.path is not None, "DataConfig requires it"
+    path = Path(data.path)
     if data.dataset in ("cifar10", "cifar100"):
-        return _open_cifar(data.dataset, data.path, data.download, in_chans)
+        return _open_cifar(data.dataset, path, data.download, in_chans)
     if in_chans not in MODES:
         raise UserError(f"model.in_chans: {in_chans} does not suit image files; use 3 (colour) or 1 (grey)")
-    if not data.path.is_dir():
-        raise UserError(f"data.path: {data.path} is not a folder; give the folder that holds the images")
-    opener = _open_folder if data.dataset == "folder" else _open_shards
-    return opener(data.path, in_chans)
+    if data.dataset == "shards":
+        return open_shards(data, in_chans)
+    if data.dataset == "folder":
+        if not path.is_dir():
+            raise UserError(f"data.path: {path} is not a folder; give the folder that holds the images")
+        return _open_folder(path, in_chans)
+    if not path.is_file():
+        wanted = "the table of image paths" if data.dataset == "csv" else "the .npz file"
+        raise UserError(f"data.path: {path} is not a file; give {wanted}")
+    return (open_csv if data.dataset == "csv" else open_medmnist)(path, in_chans)
 
 
 def _require_channels(name: str, in_chans: int) -> None:
@@ -178,13 +117,13 @@ def _open_folder(path: Path, in_chans: int) -> Dataset:
         root = path
     names = list_images(root)
     classes = find_classes(root, names)
-    train = FolderSource(root, names, classes, in_chans)
+    train = FilesSource(root, names, class_labels(root, names, classes, partial=True))
     num_classes = None if classes is None else len(classes)
     statistics = STATISTICS[MODES[in_chans]]
     if test_root is None:
         return Dataset(train, num_classes, *statistics)
     test_names = list_images(test_root)
-    test = FolderSource(test_root, test_names, classes, in_chans)  # reads names only
+    test = FilesSource(test_root, test_names, class_labels(test_root, test_names, classes))
     return Dataset(
         train,
         num_classes,
@@ -192,50 +131,3 @@ def _open_folder(path: Path, in_chans: int) -> Dataset:
         open_test=lambda: test,
         files=(PartFiles(root, names), PartFiles(test_root, test_names)),
     )
-
-
-def _open_shards(path: Path, in_chans: int) -> Dataset:
-    names = list_shards(path, "train")
-    if not names:
-        raise UserError(f"data.path: no train-*.tar in {path}; give the folder that holds the shards")
-    train = ShardSource(path, names, in_chans)
-    num_classes = None if train.labels is None else _count_classes(path, train.labels)
-    statistics = STATISTICS[MODES[in_chans]]
-    test_names = list_shards(path, "test") or list_shards(path, "val")
-    if not test_names:
-        return Dataset(train, num_classes, *statistics)
-
-    def open_test() -> Source:
-        test = ShardSource(path, test_names, in_chans)
-        if num_classes is not None:
-            if test.labels is None:
-                raise UserError(
-                    f"{path / test_names[0]}: has no labels, but the training shards have; add them"
-                )
-            _require_known(path / test_names[0], test.labels, num_classes)
-        return test
-
-    files = PartFiles(path, names, shards=True), PartFiles(path, test_names, shards=True)
-    return Dataset(train, num_classes, *statistics, open_test=open_test, files=files)
-
-
-def _count_classes(path: Path, labels: Tensor) -> int:
-    listing = path / "classes.json"
-    if not listing.exists():
-        return int(labels.max()) + 1
-    try:
-        classes = json.loads(listing.read_text())
-    except (OSError, ValueError):
-        classes = None
-    if not isinstance(classes, list) or not classes:
-        raise UserError(f"{listing}: not a JSON list of class names; correct or remove it")
-    _require_known(path, labels, len(classes))
-    return len(classes)
-
-
-def _require_known(where: Path, labels: Tensor, num_classes: int) -> None:
-    highest = int(labels.max())
-    if highest >= num_classes:
-        raise UserError(
-            f"{where}: found label {highest}, expected 0 to {num_classes - 1} (the known classes)"
-        )

@@ -7,8 +7,9 @@ machine and for every world size, and adding samples moves none of the others.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,15 +18,19 @@ import torch
 from torch import Tensor
 
 from mlomae.config import DataConfig
-from mlomae.data.sources import Dataset, PartFiles
+from mlomae.data.dataset import Dataset, PartFiles
 from mlomae.errors import UserError
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Index sets (int64 [n], ascending) into the training part of a data set."""
+    """Index sets (int64 [n], ascending) into the training part of a data set.
+
+    Samples without a label belong to ``train`` where others have one: only level pretrain needs none.
+    """
 
     train: Tensor
+    labelled: Tensor  # the part of ``train`` that has labels
     heldout: Tensor
     test: Tensor | None  # None: the data set has a test part of its own
 
@@ -34,30 +39,45 @@ def make_splits(dataset: Dataset, data: DataConfig) -> Splits:
     """Splits the training part and verifies that nothing overlaps.
 
     Raises:
-        UserError: a set is empty (names the fraction to change), or two sets overlap.
+        UserError: a set has no image (of a partly labelled data set: no labelled one; names the fraction
+            to change), or two sets overlap.
     """
-    keys = dataset.train.keys
+    keys, labels = dataset.train.keys, dataset.train.labels
+    has_label = torch.zeros(len(keys), dtype=torch.bool) if labels is None else labels >= 0
+    # Without any labels all samples are drawn from.
+    drawn = has_label if labels is not None else ~has_label
     test = torch.zeros(len(keys), dtype=torch.bool)
     if dataset.open_test is None:
-        test = _draw(keys, f"{data.split_seed}/test", data.test_fraction)
-    heldout = _draw(keys, f"{data.split_seed}/heldout", data.heldout_fraction) & ~test
+        test = _draw(keys, f"{data.split_seed}/test", data.test_fraction) & drawn
+    heldout = _draw(keys, f"{data.split_seed}/heldout", data.heldout_fraction) & drawn & ~test
+    train = ~test & ~heldout
+    _require_images(data, drawn, train, heldout, test if dataset.open_test is None else None)
     splits = Splits(
-        train=(~test & ~heldout).nonzero().flatten(),
+        train=train.nonzero().flatten(),
+        labelled=(train & has_label).nonzero().flatten(),
         heldout=heldout.nonzero().flatten(),
         test=test.nonzero().flatten() if dataset.open_test is None else None,
     )
-    if splits.test is not None and not len(splits.test):
-        raise UserError(
-            f"data.test_fraction: {data.test_fraction} leaves no test image of {len(keys)}; raise it"
-        )
-    for name, part, change in (("held-out", splits.heldout, "raise"), ("training", splits.train, "lower")):
-        if not len(part):
-            found = f"{data.heldout_fraction} leaves no {name} image of {len(keys)}"
-            raise UserError(f"data.heldout_fraction: {found}; {change} it or add images")
     verify_disjoint(splits, keys)
     if dataset.files is not None:
         verify_files(*dataset.files)
     return splits
+
+
+def _require_images(
+    data: DataConfig, drawn: Tensor, train: Tensor, heldout: Tensor, test: Tensor | None
+) -> None:
+    """Raises UserError when a set holds no sample of those ``drawn`` from; all are masks bool [N]."""
+    of_what = str(len(drawn)) if drawn.all() else f"{int(drawn.sum())} labelled ones (of {len(drawn)})"
+    for field, name, part, change in (
+        ("test_fraction", "test", test, "raise"),
+        ("heldout_fraction", "held-out", heldout, "raise"),
+        ("heldout_fraction", "training", train & drawn, "lower"),
+    ):
+        if part is not None and not part.any():
+            more = "add images" if drawn.all() else "label more images"
+            found = f"{getattr(data, field)} leaves no {name} image of {of_what}"
+            raise UserError(f"data.{field}: {found}; {change} it or {more}")
 
 
 def verify_disjoint(splits: Splits, keys: Sequence[str]) -> None:
@@ -91,20 +111,26 @@ def _find_same(train: PartFiles, test: PartFiles) -> tuple[Path, Path] | None:
     digest = cache(_digest)
     owners: dict[tuple[int, int], Path] = {}
     twins: defaultdict[tuple[int, str], list[Path]] = defaultdict(list)
-    for name in train.names:
-        path = train.root / name
-        stat = path.stat()
+    for path, name, stat in _present(train):
         owners[stat.st_dev, stat.st_ino] = path
         twins[stat.st_size, "" if train.shards else name].append(path)
-    for name in test.names:
-        path = test.root / name
-        stat = path.stat()
+    for path, name, stat in _present(test):
         if (owner := owners.get((stat.st_dev, stat.st_ino))) is not None:
             return owner, path
         for twin in twins.get((stat.st_size, "" if test.shards else name), ()):
             if digest(twin) == digest(path):
                 return twin, path
     return None
+
+
+def _present(part: PartFiles) -> Iterator[tuple[Path, str, os.stat_result]]:
+    """The files of a part but missing ones, which are reported when they are read."""
+    for name in part.names:
+        path = part.root / name
+        try:
+            yield path, name, path.stat()
+        except FileNotFoundError:
+            continue
 
 
 def _draw(keys: Sequence[str], stream: str, fraction: float) -> Tensor:

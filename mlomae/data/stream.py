@@ -7,7 +7,11 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from mlomae.data.batches import Batch, PixelBatch, ShuffledBatches, Subset, iterate
+from mlomae.data.batches import Batch, Order, PixelBatch, ShuffledBatches, iterate
+from mlomae.data.lanes import LaneBatches, count_lanes
+from mlomae.data.ledger import FaultLedger
+from mlomae.data.shards import ShardSource
+from mlomae.data.subset import Subset
 from mlomae.data.transforms import Augment
 from mlomae.errors import UserError
 from mlomae.random import stream_seed
@@ -16,8 +20,9 @@ from mlomae.random import stream_seed
 class Stream:
     """An endless stream of a rank's shares of global batches; an epoch's incomplete last batch is dropped.
 
-    Neither the world size nor the number of workers changes what the global batch n holds, nor does it
-    matter where the images lie.
+    Neither the number of workers nor, where the set is read in random order, the world size changes what the
+    global batch n holds (``mlomae.data.lanes`` tells what a sequential set needs for that). Nor does it
+    matter whether the images are resident.
 
     Args:
         subset: its images; those of a resident one are augmented on its device, in this process.
@@ -28,6 +33,9 @@ class Stream:
         workers: loader processes.
         rank, world_size: this process among those that share a batch.
         device: of the batches.
+        ledger: receives the bad samples.
+        buffer: samples in memory to be shuffled, where shards are read front to back; None reads in random
+        order.
 
     Raises:
         UserError: the batch exceeds the set or does not divide over the ranks.
@@ -44,6 +52,8 @@ class Stream:
         rank: int,
         world_size: int,
         device: torch.device,
+        ledger: FaultLedger,
+        buffer: int | None = None,
     ) -> None:
         if batch > len(subset):
             raise UserError(f"{level}.batch_size: {batch} exceeds its set of {len(subset)} images; lower it")
@@ -51,37 +61,62 @@ class Stream:
             raise UserError(
                 f"{level}.batch_size: {batch} is not divisible by the {world_size} ranks; use a multiple"
             )
-        self._batches = ShuffledBatches(
-            subset,
-            kind,
-            order=(seed, level, "order"),
+        self._subset, self._kind = subset, kind
+        self._level = level
+        local = batch // world_size
+        self._order = Order(
+            seed=(seed, level, "order"),
             augment_seed=stream_seed(seed, level, "augment"),
             batch=batch,
-            local=batch // world_size,
-            first_row=rank * (batch // world_size),
+            local=local,
+            first_row=rank * local,
         )
-        self._workers = workers
-        self._device = device
+        self._workers, self._world_size, self._device = workers, world_size, device
+        self._ledger = ledger
+        self._buffer = buffer
+        self._lanes: int | None = None
+        if buffer is not None:
+            assert isinstance(subset.source, ShardSource), "only shards are read front to back"
+            self._lanes = count_lanes(batch, world_size, len(subset.source.index.shards))
         self._next = 0
         self._iterator: Generator[PixelBatch, None, None] | None = None
 
     def next(self) -> Batch:
-        """The next batch of this rank."""
+        """The next batch of this rank.
+
+        Raises:
+            UserError: the set cannot be read, or too many of its samples are bad.
+        """
         if self._iterator is None:
             self._iterator = self._open()
         try:
             batch = next(self._iterator)
+            self._ledger.add(batch.faults)
         except BaseException:
             self.close()  # a retry reads the same batch
             raise
         self._next += 1
-        return batch.normalised(self._batches.subset)
+        return batch.normalised(self._subset)
 
     def state_dict(self) -> dict[str, int]:
         """The position: number of the next batch. Batches that were read ahead do not count."""
-        return {"next": self._next}
+        lanes = {} if self._lanes is None else {"lanes": self._lanes}
+        return {"next": self._next, **lanes}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues there.
+
+        Raises:
+            UserError: the ranks cannot share the lanes of that stream.
+        """
+        lanes = state.get("lanes")
+        if self._lanes is not None and lanes is not None:
+            if lanes % self._world_size:
+                raise UserError(
+                    f"{self._level}: its shards were read in {lanes} lanes, which {self._world_size} ranks "
+                    f"cannot share; resume with a number of ranks that divides {lanes}"
+                )
+            self._lanes = lanes
         self._next = state["next"]
         self.close()
 
@@ -95,11 +130,16 @@ class Stream:
             self._iterator = None
 
     def _open(self) -> Generator[PixelBatch, None, None]:
-        numbers = itertools.count(self._next)
-        if self._batches.subset.resident:
-            return (self._batches.read(number) for number in numbers)
         on_gpu = self._device.type == "cuda"
-        batches = iterate(self._batches, numbers, self._workers, pin=on_gpu)
+        if self._lanes is not None and self._buffer is not None:
+            lanes = LaneBatches(self._subset, self._kind, self._order, self._lanes, self._buffer)
+            batches = lanes.iterate(self._next, self._workers, pin=on_gpu)
+        else:
+            numbers = itertools.count(self._next)
+            shuffled = ShuffledBatches(self._subset, self._kind, self._order)
+            if self._subset.resident:
+                return (shuffled.read(number) for number in numbers)
+            batches = iterate(shuffled, numbers, self._workers, pin=on_gpu)
         return upload_ahead(batches, self._device) if on_gpu else batches
 
 

@@ -1,4 +1,4 @@
-"""Augmentation as a pure function of decoded images and rows of uniform numbers.
+"""Augmentation as a pure function of images and rows of uniform numbers.
 
 Letters: B batch, C channels, H and W the height and width given, h and w those wanted.
 """
@@ -6,12 +6,15 @@ Letters: B batch, C channels, H and W the height and width given, h and w those 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mlomae.data.decoding import decode_image, image_size
 
 Augment = Literal["none", "shift", "crop-flip", "resized-crop"]
 
@@ -20,36 +23,57 @@ MIN_AREA = 0.2
 MAX_RATIO = 4 / 3
 
 
-def augment(kind: Augment, images: Tensor | Iterable[Tensor], u: Tensor, size: tuple[int, int]) -> Tensor:
-    """Augments images to one size; the result for an image depends on that image and its row of u only.
+def load(
+    content: bytes | Tensor, kind: Augment, u: Sequence[float], size: tuple[int, int], channels: int
+) -> Tensor:
+    """Decodes no more of an image than its augmentation needs, and brings it to one size.
 
-    none: shorter side resized to fit, centre crop (nothing where the size is right already).
-    shift: the same, then a translation by -1, 0 or 1 pixel with repeated edges.
-    crop-flip: the same, then a crop of the image reflected by 1/8 of each side, and a flip.
-    resized-crop: a box of 20-100 % of the area resized to ``size``, and a flip. The area is uniform;
-    the aspect ratio is log-uniform between 3/4 and 4/3 as far as the box fits into the image.
+    none, shift, crop-flip: shorter side resized to fit, centre crop (nothing where the size is right
+    already). resized-crop: a box of 20-100 % of the area resized to ``size``, and a flip. The area is
+    uniform; the aspect ratio is log-uniform between 3/4 and 4/3 as far as the box fits into the image.
 
     Args:
-        images: uint8 [B, C, H, W], or B images [C, H, W] of any sizes.
-        u: float32 [B, NUM_UNIFORMS] in the open interval (0, 1).
+        content: an encoded image, or a decoded one, uint8 [C, H, W].
+        u: NUM_UNIFORMS numbers in the open interval (0, 1).
         size: (h, w).
+        channels: C.
 
     Returns:
-        uint8 [B, C, h, w].
+        uint8 [C, h, w].
+
+    Raises:
+        BadSample: it cannot be decoded.
     """
+
+    def decode(least: tuple[int, int]) -> Tensor:
+        return content if isinstance(content, Tensor) else decode_image(content, channels, least)
+
+    height, width = content.shape[1:] if isinstance(content, Tensor) else image_size(content)
     if kind == "resized-crop":
-        return torch.stack(
-            [_resized_crop(image, row, size) for image, row in zip(images, u.tolist(), strict=True)]
-        )
-    if isinstance(images, Tensor):
-        fitted = _fit(images, size)
-    else:
-        fitted = torch.stack([_fit(image, size) for image in images])
+        box = _draw_box(height, width, u)
+        # Reduced no further than to leave the box as many pixels as are wanted of it.
+        least = math.ceil(size[0] * height / box.height), math.ceil(size[1] * width / box.width)
+        crop = _resize(box.of(decode(least), height, width), size)
+        return crop.flip(-1) if u[2] < 0.5 else crop
+    return fit(decode(_covering(height, width, size)), size)
+
+
+def augment(kind: Augment, images: Tensor, u: Tensor) -> Tensor:
+    """Augments a batch of fitted images; the result for an image depends on that image and its row of u only.
+
+    shift: a translation by -1, 0 or 1 pixel with repeated edges.
+    crop-flip: a crop of the image reflected by 1/8 of each side, and a flip.
+    none, resized-crop: nothing; ``load`` has done it.
+
+    Args:
+        images: uint8 [B, C, h, w].
+        u: float32 [B, NUM_UNIFORMS] in the open interval (0, 1), on the same device.
+    """
     if kind == "shift":
-        return _shift(fitted, u)
+        return _shift(images, u)
     if kind == "crop-flip":
-        return _crop_flip(fitted, u)
-    return fitted
+        return _crop_flip(images, u)
+    return images
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -64,19 +88,31 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]
 
 
-def _fit(images: Tensor, size: tuple[int, int]) -> Tensor:
+def fit(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [..., C, H, W] → [..., C, h, w]: shorter side resized to fit, centre crop."""
     height, width = images.shape[-2:]
     if (height, width) == size:
         return images
+    covering = _covering(height, width, size)
+    resized = _resize(images, covering)
+    top, left = (round((have - want) / 2) for have, want in zip(covering, size, strict=True))
+    return resized[..., top : top + size[0], left : left + size[1]]
+
+
+def _covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the same shape that covers ``size``."""
+    scale = max(size[0] / height, size[1] / width)
+    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing, as in MAE's recipe: uint8 [..., C, H, W] → [..., C, h, w]."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
-    scale = max(size[0] / height, size[1] / width)
-    covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
     resized: Tensor = functional.resize(
-        images, covering, interpolation=InterpolationMode.BICUBIC, antialias=True
+        images, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
     )
-    cropped: Tensor = functional.center_crop(resized, list(size))
-    return cropped
+    return resized
 
 
 def _shift(images: Tensor, u: Tensor) -> Tensor:
@@ -110,16 +146,26 @@ def _gather(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return picked.view(*images.shape[:2], rows.shape[1], columns.shape[1])
 
 
-def _resized_crop(image: Tensor, u: list[float], size: tuple[int, int]) -> Tensor:
-    from torchvision.transforms.v2 import InterpolationMode, functional
+@dataclass(frozen=True)
+class _Box:
+    """A part of an image, in pixels."""
 
-    height, width = crop_box(image.shape[-2], image.shape[-1], u[3], u[4])
-    top = int(u[0] * (image.shape[-2] - height + 1))
-    left = int(u[1] * (image.shape[-1] - width + 1))
-    crop: Tensor = functional.resized_crop(
-        image, top, left, height, width, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
-    return crop.flip(-1) if u[2] < 0.5 else crop
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The part of [C, H, W], which shows a ``height`` by ``width`` image at its own or a reduced size."""
+        down, across = image.shape[-2] / height, image.shape[-1] / width
+        top, bottom = (round(edge * down) for edge in (self.top, self.top + self.height))
+        left, right = (round(edge * across) for edge in (self.left, self.left + self.width))
+        return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def _draw_box(height: int, width: int, u: Sequence[float]) -> _Box:
+    rows, columns = crop_box(height, width, u[3], u[4])
+    return _Box(int(u[0] * (height - rows + 1)), int(u[1] * (width - columns + 1)), rows, columns)
 
 
 def crop_box(height: int, width: int, area_u: float, ratio_u: float) -> tuple[int, int]:

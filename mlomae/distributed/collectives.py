@@ -18,6 +18,11 @@ def _active() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_primary() -> bool:
+    """Whether this is rank 0."""
+    return not _active() or dist.get_rank() == 0
+
+
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The mean over ranks of each tensor, in place where the tensor allows it.
 
@@ -73,7 +78,7 @@ def on_primary(action: Callable[[], object]) -> None:
         UserError: on every rank, if rank 0 met one or could not write a file.
     """
     problem = ""
-    if not _active() or dist.get_rank() == 0:
+    if is_primary():
         try:
             action()
         except UserError as error:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mlomae.config import DataConfig
-from mlomae.data.sources import Dataset, open_dataset
+from mlomae.data.dataset import Dataset
+from mlomae.data.faults import BadSample
+from mlomae.data.sources import open_dataset
 from mlomae.errors import UserError
 
 
@@ -27,7 +28,6 @@ def test_digits() -> None:
     assert train.stack.min() == 0 and train.stack.max() == 255
     assert train.labels.bincount().numel() == dataset.num_classes == 10
     assert train.keys[7] == "digits/0007" and len(set(train.keys)) == 1797
-    assert torch.equal(train.read(5), train.stack[5])
     scaled = train.stack / 255
     assert (scaled.mean().item(), scaled.std().item()) == pytest.approx(
         (*dataset.mean, *dataset.std), abs=1e-3
@@ -56,7 +56,7 @@ def test_cifar_leaves_its_test_part_closed(
     assert FakeCifar.opened == [True]
     assert dataset.num_classes == classes and dataset.train.keys[3] == f"{name}/train/00003"
     expected = torch.from_numpy(FakeCifar(tmp_path).data[4]).permute(2, 0, 1)
-    assert torch.equal(dataset.train.read(4), expected)
+    assert dataset.train.stack is not None and torch.equal(dataset.train.stack[4], expected)
     assert dataset.open_test is not None
     test = dataset.open_test()
     assert len(test) == 10 and test.keys[0] == f"{name}/test/00000" and FakeCifar.opened[-1] is False
@@ -95,8 +95,8 @@ def test_wrong_channels_of_files(tmp_path: Path, name: Any) -> None:
 
 
 def test_folder_with_classes(tmp_path: Path, fill_folder: Callable[..., None]) -> None:
-    fill_folder(tmp_path / "train" / "dog", 2, mode="L", height=6, width=9)
-    fill_folder(tmp_path / "train" / "cat" / "deep", 3, first_seed=5, mode="RGBA")
+    fill_folder(tmp_path / "train" / "dog", 2)
+    fill_folder(tmp_path / "train" / "cat" / "deep", 3, first_seed=5)
     fill_folder(tmp_path / "train" / ".hidden", 1)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / "empty").mkdir()
@@ -109,10 +109,8 @@ def test_folder_with_classes(tmp_path: Path, fill_folder: Callable[..., None]) -
     assert dataset.open_test is not None
     test = dataset.open_test()
     assert test.labels is not None and test.labels.tolist() == [1]
-    grey = dataset.train.read(3)
-    assert grey.shape == (3, 6, 9) and torch.equal(grey[0], grey[2])
-    expected = np.asarray(Image.open(tmp_path / "train" / "dog" / "0.png"))
-    assert np.array_equal(open_folder(tmp_path, in_chans=1).train.read(3)[0].numpy(), expected)
+    assert dataset.train.content(3) == (tmp_path / "train" / "dog" / "0.png").read_bytes()
+    assert test.content(0) == (tmp_path / "test" / "dog" / "0.png").read_bytes()
 
 
 def test_flat_folder_is_unlabelled(tmp_path: Path, fill_folder: Callable[..., None]) -> None:
@@ -163,12 +161,46 @@ def test_missing_folder(tmp_path: Path, name: Any) -> None:
         open_dataset(DataConfig(dataset=name, path=tmp_path / "nowhere"), 3)
 
 
-def test_undecodable_images_are_named(tmp_path: Path, encode: Callable[..., bytes]) -> None:
-    (tmp_path / "cut.png").write_bytes(encode(0, 64, 64)[:-3000])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "wide.png")
+@pytest.mark.parametrize("name", ["csv", "medmnist"])
+def test_missing_file(tmp_path: Path, name: Any) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=rf"data\.path: {path} is not a file; give the "):
+            open_dataset(DataConfig(dataset=name, path=path), 3)
+
+
+@pytest.mark.parametrize("name", ["unlabelled", "unlabeled"])
+def test_a_folder_of_unlabelled_images(tmp_path: Path, fill_folder: Callable[..., None], name: str) -> None:
+    fill_folder(tmp_path / "train" / "ant", 1)
+    fill_folder(tmp_path / "train" / "zebra", 2)
+    fill_folder(tmp_path / "train" / name / "deep", 3)
     dataset = open_folder(tmp_path)
-    for index, name in enumerate(("cut.png", "empty.jpg", "wide.png")):
-        with pytest.raises(UserError, match=rf"{name}: cannot be decoded \(.+\); replace it by") as caught:
-            dataset.train.read(index)
-        assert "\n" not in str(caught.value)
+    assert dataset.num_classes == 2 and dataset.train.labels is not None
+    assert [key.split("/")[0] for key in dataset.train.keys] == ["ant", name, name, name, "zebra", "zebra"]
+    assert dataset.train.labels.tolist() == [0, -1, -1, -1, 1, 1]
+    fill_folder(tmp_path / "test" / name, 1)
+    with pytest.raises(UserError, match=rf"test has class folder '{name}'; expected the 2 class folders"):
+        open_folder(tmp_path)
+
+
+def test_a_folder_of_unlabelled_images_alone_has_no_classes(
+    tmp_path: Path, fill_folder: Callable[..., None]
+) -> None:
+    fill_folder(tmp_path / "unlabelled", 2)
+    fill_folder(tmp_path, 1)
+    dataset = open_folder(tmp_path)
+    assert len(dataset.train) == 3 and dataset.train.labels is None and dataset.num_classes is None
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, fill_folder: Callable[..., None]) -> None:
+    fill_folder(tmp_path, 2)
+    train = open_folder(tmp_path).train
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "1.png").mkdir()
+    with pytest.raises(BadSample, match=r"cannot be read \(Is a directory\)") as caught:
+        train.content(1)
+    assert caught.value.kind == "unreadable"
+
+
+def test_images_in_memory_have_no_file() -> None:
+    with pytest.raises(TypeError, match="digits/0003 lies decoded in the stack"):
+        open_dataset(DataConfig(), 1).train.content(3)

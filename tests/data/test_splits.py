@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mlomae.config import DataConfig
-from mlomae.data.sources import Dataset, TensorSource, open_dataset
+from mlomae.data.dataset import Dataset, TensorSource
+from mlomae.data.faults import BadSample
+from mlomae.data.sources import open_dataset
 from mlomae.data.splits import Splits, make_splits, verify_disjoint
 from mlomae.errors import UserError
 
 
-def dataset_of(keys: list[str], own_test: bool = False) -> Dataset:
-    source = TensorSource(keys, torch.zeros(len(keys), 1, 1, 1, dtype=torch.uint8), None)
+def dataset_of(keys: list[str], own_test: bool = False, labels: Tensor | None = None) -> Dataset:
+    source = TensorSource(keys, torch.zeros(len(keys), 1, 1, 1, dtype=torch.uint8), labels)
     return Dataset(source, None, (0.5,), (0.5,), open_test=(lambda: source) if own_test else None)
 
 
@@ -82,8 +85,58 @@ def test_an_empty_set_names_the_fraction(fractions: dict[str, float], message: s
         make_splits(dataset_of(KEYS[:10]), DataConfig(**{"test_fraction": 0.3, **fractions}))
 
 
+@pytest.mark.parametrize("own_test", [False, True])
+def test_samples_without_a_label_only_train(own_test: bool) -> None:
+    labels = torch.arange(4000) % 5 - 1  # each fifth has none
+    data = DataConfig(heldout_fraction=0.25, test_fraction=0.2)
+    splits = make_splits(dataset_of(KEYS, own_test, labels), data)
+    whole = make_splits(dataset_of(KEYS, own_test, labels.clamp(min=0)), data)
+    assert torch.equal(whole.labelled, whole.train)
+    assert (labels[splits.train] == -1).sum() == 800
+    assert torch.equal(splits.labelled, splits.train[labels[splits.train] >= 0])
+    # Labelled samples are where they would be if all others had labels too.
+    for name in ("labelled", "heldout") if own_test else ("labelled", "heldout", "test"):
+        part = getattr(whole, name)
+        assert torch.equal(getattr(splits, name), part[labels[part] >= 0])
+        assert len(getattr(splits, name)) > 400
+    assert own_test == (splits.test is None)
+
+
+def test_without_labels_all_samples_are_drawn_from_and_none_is_labelled() -> None:
+    splits = make_splits(dataset_of(KEYS), DataConfig())
+    alike = make_splits(dataset_of(KEYS, labels=torch.zeros(4000, dtype=torch.int64)), DataConfig())
+    assert len(splits.labelled) == 0 and splits.labelled.dtype == torch.int64
+    assert torch.equal(splits.train, alike.train) and torch.equal(splits.heldout, alike.heldout)
+
+
+@pytest.mark.parametrize(
+    "labelled, fractions, message",
+    [
+        (
+            range(6),
+            {"heldout_fraction": 1e-9},
+            r"data\.heldout_fraction: 1e-09 leaves no held-out image of 6 labelled ones \(of 4000\); "
+            "raise it or label more images",
+        ),
+        (
+            range(6),
+            {"heldout_fraction": 1 - 1e-9},
+            r"data\.heldout_fraction: 0\.9+ leaves no training image of 6 labelled ones \(of 4000\); lower",
+        ),
+        ([7], {}, r"leaves no (test|held-out|training) image of 1 labelled ones \(of 4000\); .* label more"),
+        ([], {}, r"data\.test_fraction: 0\.2 leaves no test image of 0 labelled ones"),
+    ],
+)
+def test_too_few_labels_name_what_to_change(labelled: Any, fractions: dict[str, float], message: str) -> None:
+    labels = torch.full((4000,), -1)
+    labels[list(labelled)] = 0
+    with pytest.raises(UserError, match=message):
+        make_splits(dataset_of(KEYS, labels=labels), DataConfig(**{"test_fraction": 0.2, **fractions}))
+
+
 def test_a_key_in_two_sets_is_refused() -> None:
-    splits = Splits(torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3]))
+    train = torch.tensor([0, 1])
+    splits = Splits(train, train[:1], torch.tensor([2]), torch.tensor([3]))
     verify_disjoint(splits, ["a", "b", "c", "d"])
     for keys, pair in (
         (["a", "b", "a", "d"], "train and the held-out"),
@@ -125,10 +178,22 @@ def test_a_linked_test_folder_is_refused(folder: Path) -> None:
         make_splits(open_dataset(data, 3), data)
 
 
-def test_a_dangling_link_is_named(folder: Path) -> None:
-    (folder / "test" / "a" / "gone.png").symlink_to(folder / "nowhere.png")
+def test_a_dangling_link_is_met_when_it_is_read(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "a" / "gone.png").symlink_to(folder / "nowhere.png")
     data = DataConfig(dataset="folder", path=folder)
-    with pytest.raises(UserError, match=r"data\.path: .*gone\.png cannot be read"):
+    dataset = open_dataset(data, 3)
+    make_splits(dataset, data)
+    assert dataset.open_test is not None
+    for source in (dataset.train, dataset.open_test()):
+        with pytest.raises(BadSample, match=r"cannot be read \(No such file or directory\)"):
+            source.content(list(source.keys).index("a/gone.png"))
+
+
+def test_a_link_to_itself_is_named(folder: Path) -> None:
+    (folder / "test" / "a" / "loop.png").symlink_to(folder / "test" / "a" / "loop.png")
+    data = DataConfig(dataset="folder", path=folder)
+    with pytest.raises(UserError, match=r"data\.path: .*loop\.png cannot be read"):
         make_splits(open_dataset(data, 3), data)
 
 

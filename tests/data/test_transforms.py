@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
 from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mlomae.data.transforms import NUM_UNIFORMS, Augment, augment, crop_box, normalise
+from mlomae.data.decoding import decode_image
+from mlomae.data.transforms import NUM_UNIFORMS, Augment, augment, crop_box, fit, load, normalise
 from mlomae.random import counter_uniform
 
 KINDS = get_args(Augment)
@@ -25,6 +28,13 @@ def uniforms(rows: int, **columns: float) -> Tensor:
     return u
 
 
+def transform(kind: Any, images: Tensor, u: Tensor, size: tuple[int, int]) -> Tensor:
+    """The way of images that have been decoded."""
+    channels = images.shape[1]
+    loaded = [load(image, kind, row, size, channels) for image, row in zip(images, u.tolist(), strict=True)]
+    return augment(kind, torch.stack(loaded), u)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "shape, size", [((64, 1, 8, 8), (8, 8)), ((16, 3, 32, 32), (32, 32)), ((8, 3, 20, 30), (16, 12))]
@@ -33,31 +43,57 @@ def test_an_image_alone_is_augmented_as_in_a_batch(
     kind: Any, shape: tuple[int, ...], size: tuple[int, int]
 ) -> None:
     images, u = noise(*shape), uniforms(shape[0])
-    batched = augment(kind, images, u, size)
+    batched = transform(kind, images, u, size)
     assert batched.shape == (*shape[:2], *size) and batched.dtype == torch.uint8
     for row in range(shape[0]):
-        assert torch.equal(augment(kind, [images[row]], u[row : row + 1], size)[0], batched[row])
-    assert torch.equal(augment(kind, list(images), u, size), batched)
+        assert torch.equal(transform(kind, images[row : row + 1], u[row : row + 1], size)[0], batched[row])
+    if kind != "resized-crop":
+        assert torch.equal(augment(kind, fit(images, size), u), batched)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoded_image_is_treated_as_a_decoded_one(kind: Any) -> None:
+    images, u = noise(4, 3, 20, 30), uniforms(4)
+    files = [encoded(image, "PNG") for image in images]
+    loaded = [load(file, kind, row, (16, 12), 3) for file, row in zip(files, u.tolist(), strict=True)]
+    assert torch.equal(augment(kind, torch.stack(loaded), u), transform(kind, images, u, (16, 12)))
+
+
+@pytest.mark.parametrize("kind", ["none", "resized-crop"])
+def test_a_large_jpeg_decoded_at_a_reduced_size_looks_the_same(kind: Any) -> None:
+    y, x = torch.meshgrid(torch.arange(600), torch.arange(900), indexing="ij")
+    smooth = torch.stack([y / 600, x / 900, (y + x) / 1500]).mul(200).add(20).to(torch.uint8)
+    content = encoded(smooth, "JPEG", quality=95)
+    for row in uniforms(6).tolist():
+        reduced = load(content, kind, row, (32, 32), 3).float()
+        whole = load(decode_image(content, 3), kind, row, (32, 32), 3).float()
+        assert (reduced - whole).abs().max() <= 6 and (reduced - whole).abs().mean() < 1.5
+
+
+def encoded(image: Tensor, format: str, **options: Any) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(content, format, **options)
+    return content.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["shift", "crop-flip", "resized-crop"])
 def test_augmentation_varies_between_rows_and_repeats_for_equal_rows(kind: Any) -> None:
     images = noise(1, 3, 16, 16).expand(32, -1, -1, -1)
     u = uniforms(32)
-    first = augment(kind, images, u, (16, 16))
-    assert torch.equal(first, augment(kind, images, u, (16, 16)))
+    first = transform(kind, images, u, (16, 16))
+    assert torch.equal(first, transform(kind, images, u, (16, 16)))
     assert len({bytes(image.numpy().tobytes()) for image in first}) > 4
 
 
 def test_none_keeps_an_image_of_the_right_size() -> None:
     images = noise(2, 1, 8, 8)
-    assert torch.equal(augment("none", images, uniforms(2), (8, 8)), images)
+    assert torch.equal(transform("none", images, uniforms(2), (8, 8)), images)
 
 
 def test_none_resizes_the_shorter_side_and_crops_the_centre() -> None:
     image = torch.zeros(1, 16, 40, dtype=torch.uint8)
     image[:, :, 12:28] = 200  # the central square
-    out = augment("none", [image], uniforms(1), (8, 8))
+    out = transform("none", image[None], uniforms(1), (8, 8))
     assert out.shape == (1, 1, 8, 8)
     assert (out[0, 0, :, 1:-1].float() - 200).abs().max() <= 15  # bicubic overshoot at the rim only
 
@@ -67,7 +103,7 @@ def test_shift_moves_by_whole_pixels_and_repeats_edges(top: float, left: float, 
     images = noise(2, 1, 6, 7)
     padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(torch.uint8)
     expected = padded[:, :, 1 + dy : 7 + dy, 1 + dx : 8 + dx]
-    assert torch.equal(augment("shift", images, uniforms(2, top=top, left=left), (6, 7)), expected)
+    assert torch.equal(transform("shift", images, uniforms(2, top=top, left=left), (6, 7)), expected)
 
 
 @pytest.mark.parametrize("flip", [0.2, 0.7])
@@ -78,7 +114,7 @@ def test_crop_flip_crops_the_reflected_image(flip: float) -> None:
     for top, left, y, x in ((first, first, 0, 0), (last, last, 4, 8), (0.5, 0.5, 2, 4)):
         expected = padded[:, :, y : y + 16, x : x + 32]
         expected = expected.flip(3) if flip < 0.5 else expected
-        out = augment("crop-flip", images, uniforms(2, top=top, left=left, flip=flip), (16, 32))
+        out = transform("crop-flip", images, uniforms(2, top=top, left=left, flip=flip), (16, 32))
         assert torch.equal(out, expected)
 
 
@@ -87,14 +123,14 @@ def test_resized_crop_takes_the_box_at_its_place(top: float, left: float) -> Non
     images, u = noise(1, 3, 40, 30), uniforms(1, top=top, left=left, flip=0.9)
     height, width = crop_box(40, 30, *u[0, 3:].tolist())
     y, x = int(top * (41 - height)), int(left * (31 - width))
-    expected = augment("none", images[:, :, y : y + height, x : x + width], u, (height, width))
-    assert torch.equal(augment("resized-crop", images, u, (height, width)), expected)
+    expected = transform("none", images[:, :, y : y + height, x : x + width], u, (height, width))
+    assert torch.equal(transform("resized-crop", images, u, (height, width)), expected)
 
 
 def test_resized_crop_flips_half_of_the_time() -> None:
     images = noise(1, 1, 20, 20)
-    plain = augment("resized-crop", images, uniforms(1, flip=0.7), (8, 8))
-    flipped = augment("resized-crop", images, uniforms(1, flip=0.3), (8, 8))
+    plain = transform("resized-crop", images, uniforms(1, flip=0.7), (8, 8))
+    flipped = transform("resized-crop", images, uniforms(1, flip=0.3), (8, 8))
     assert torch.equal(plain.flip(3), flipped) and not torch.equal(plain, flipped)
 
 

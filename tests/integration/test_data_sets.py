@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from mlomae.cli import main
-from mlomae.data.batches import Subset
+from mlomae.data import LevelLoaders
+from mlomae.data.subset import Loaded, Subset
 from mlomae.errors import UserError
 from mlomae.trainer import Trainer
 from tests.integration.tiny import read_metrics, tiny_config, train, without_pictures, write_recipe
@@ -75,6 +76,44 @@ def write_shard(path: Path, first: int, count: int) -> None:
             writer.write({"__key__": f"{number:05d}", "png": pixels, "cls": number % 2})
 
 
+def test_options_of_shards(tmp_path: Path) -> None:
+    for number in range(4):
+        write_shard(tmp_path / f"a-{number}.tar", 16 * number, 16)
+    write_shard(tmp_path / "b-0.tar", 100, 6)
+
+    def loaders(**data: Any) -> LevelLoaders:
+        fields = {"dataset": "shards", "path": f"{tmp_path}/a-*.tar", "resident": "never", **data}
+        return LevelLoaders(tiny_config({**COLOUR, **{f"data.{name}": v for name, v in fields.items()}}))
+
+    tested = loaders(test_path=f"{tmp_path}/b-*.tar").evaluation("test")
+    assert sum(len(batch.images) for batch in tested) == 6 != loaders().sizes["test"]
+    orders = [
+        loaders(**data).pretrain.next().images
+        for data in ({}, {"access": "sequential"}, {"access": "sequential", "shuffle_buffer": 8})
+    ]
+    assert not any(torch.equal(a, b) for number, a in enumerate(orders) for b in orders[:number])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_bad_samples_up_to_a_share(share: float, fill_images: Callable[..., Path], tmp_path: Path) -> None:
+    folder = fill_images()
+    victim = sorted(folder.glob("*/*.png"))[5]
+    victim.write_bytes(victim.read_bytes()[:50])
+    fields = {
+        "run_dir": tmp_path / "run", "data.dataset": "folder", "data.path": folder,
+        "data.max_bad_share": share, "data.test_fraction": 0.05, "data.heldout_fraction": 0.1, **COLOUR,
+    }  # fmt: skip
+    if not share:
+        with pytest.raises(UserError, match=r"data\.max_bad_share: 1 of \d+ samples are bad \(1 damaged\)"):
+            Trainer.evaluate(train(tiny_config(fields)))
+        return
+    result = Trainer.evaluate(train(tiny_config(fields)))
+    assert result["bad_samples"] == 1
+    (line,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == victim.relative_to(folder).as_posix()
+    assert json.loads(line)["kind"] == "damaged"
+
+
 def test_images_need_not_be_square(tmp_path: Path) -> None:
     for number in range(48):
         folder = tmp_path / "images" / str(number % 3)
@@ -118,7 +157,7 @@ def test_a_broken_test_part_is_noticed_by_the_evaluation_only(
     trainer = train(tiny_config({**fields, "data.augment": "crop-flip", "picture_every": 1}))
 
     assert (tmp_path / "run" / "mask.png").exists()
-    with pytest.raises(UserError, match=r"(cannot be decoded|not a complete tar file)"):
+    with pytest.raises(UserError, match=r"(2 of \d+ samples are bad|not a complete tar file)"):
         Trainer.evaluate(trainer)
 
 
@@ -127,14 +166,17 @@ def test_a_test_set_split_off_is_not_read_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: str
 ) -> None:
     seen: list[Tensor] = []
-    read = Subset.read
 
-    def recording(self: Subset, rows: Tensor, *args: Any) -> Any:
-        if not self.resident:  # else it was read before
-            seen.append(self.indices[rows])
-        return read(self, rows, *args)
+    def recording(read: Callable[..., Loaded]) -> Callable[..., Loaded]:
+        def record(self: Subset, rows: Tensor, *args: Any) -> Loaded:
+            if not self.resident:  # else it was read before
+                seen.append(self.indices[rows])
+            return read(self, rows, *args)
 
-    monkeypatch.setattr(Subset, "read", recording)
+        return record
+
+    monkeypatch.setattr(Subset, "read", recording(Subset.read))
+    monkeypatch.setattr(Subset, "read_good", recording(Subset.read_good))
     without_pictures(monkeypatch)
     # Enough batches for whole epochs of every set.
     batches = {f"{level}.batch_size": 256 for level in ("pretrain", "head", "mask")}

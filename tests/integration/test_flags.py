@@ -96,6 +96,11 @@ EFFECTS: dict[str, Effect] = {
     "masking.random_share": on_training(0.9),
     "data.dataset": on("images", "folder"),
     "data.path": on("images", None),
+    # These four: tests/integration/test_data_sets.py.
+    "data.test_path": on("test set", None),
+    "data.max_bad_share": on("bad samples", 0.0),
+    "data.access": on("order", "sequential"),
+    "data.shuffle_buffer": on("order", 8),
     "data.download": on("download", True),
     "data.heldout_fraction": on_training(0.4),
     "data.test_fraction": on_training(0.4),
