@@ -7,15 +7,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from mlomae import __version__
+from mlomae.arguments import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Parser, positive
 from mlomae.config import Config, Section, load_config
 from mlomae.errors import UserError
-
-EXIT_OK = 0
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 DESCRIPTION = "MLO-MAE: masked autoencoders whose mask is learned from a downstream task."
 EXAMPLES = """\
@@ -31,13 +28,17 @@ Running the same command again resumes an unfinished run. Every field below is a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
+    """Runs a command; returns its exit code (0 done, 1 problems found, 2 bad input, 130 interrupted)."""
     words = sys.argv[1:] if argv is None else argv
     try:
         if words and words[0] == "hypergrad-check":
             return _check_hypergradient(words[1:])
         if words and words[0] == "profile":
             return _profile(words[1:])
+        if words and words[0] == "shards":
+            from mlomae.shards_command import main as shards
+
+            return shards(words[1:])
         return _train(words)
     except UserError as error:
         print(f"mlomae: error: {error}", file=sys.stderr)
@@ -128,15 +129,8 @@ def _run_or_recipe(
     return run, known, load_config(path, _overrides(rest))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports misuse as one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mlomae",
         description=DESCRIPTION,
         epilog=EXAMPLES + "\n".join(_describe(Config)),
@@ -146,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "command", choices=["train"], metavar="command",
-        help="train: pretrain and evaluate one run; others: see `mlomae hypergrad-check --help` and "
-        "`mlomae profile --help`",
+        help="train: pretrain and evaluate one run; others: see `mlomae hypergrad-check --help`, "
+        "`mlomae profile --help` and `mlomae shards --help`",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(
@@ -160,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mlomae hypergrad-check",
         usage="mlomae hypergrad-check RUN | --config FILE [options]",
         description="Compares every estimator of the hypergradient with the exact one, at the last "
@@ -169,7 +163,7 @@ def _check_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML, instead of a run")
-    parser.add_argument("--images", type=_positive, metavar="N", help="per batch (default: 32 at most)")
+    parser.add_argument("--images", type=positive, metavar="N", help="per batch (default: 32 at most)")
     parser.add_argument("--bf16", action="store_true", help="run the passes under bf16 autocast")
     parser.add_argument("--json", action="store_true", help="print a list of estimates instead of the table")
     parser.add_argument(
@@ -181,7 +175,7 @@ def _check_parser() -> argparse.ArgumentParser:
 
 
 def _profile_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mlomae profile",
         usage="mlomae profile RUN | --config FILE [options]",
         description="Shows where the time of an outer iteration goes, after the last checkpoint of a run or "
@@ -192,7 +186,7 @@ def _profile_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML, instead of a run")
     parser.add_argument(
-        "--iterations", type=_positive, metavar="N",
+        "--iterations", type=positive, metavar="N",
         help="outer iterations to profile (default: hypergradient.every, a full cycle)",
     )  # fmt: skip
     parser.add_argument(
@@ -204,12 +198,6 @@ def _profile_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one object instead of the tables")
     parser.add_argument("--deepspeed_config", "--deepspeed-config", metavar="no", help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
-    return int(text)
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:
