@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--seeds", type=_seeds, default=_DEFAULTS["seeds"], help="seeds per policy: 0,1,…")
     group.addoption("--cifar10", type=Path, metavar="DIR", help="folder of CIFAR-10 shards")
+    group.addoption("--imagenet", type=Path, metavar="DIR", help="folder of photographs, however deep")
     group.addoption(
         "--work-dir", type=Path, metavar="DIR", help="keep the runs of test_policies here, to continue there"
     )

@@ -81,7 +81,8 @@ class Trainer:
                 f"{self.precision}; set compute.precision to {trained}"
             )
         if self.world.primary:
-            print(self.implementations, flush=True)
+            print(self.implementations)
+            print(self.loaders.describe(), flush=True)
         config = self.config
         self.bad_samples.restore()
         writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)

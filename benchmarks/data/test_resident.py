@@ -6,19 +6,19 @@ The images have CIFAR's size, and training means plain MAE steps: the cheapest o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import torch
 
 from benchmarks.comparison import OURS, Compare, Compared
 from benchmarks.data.models import MODELS
-from benchmarks.data.torchvision_loop import TorchvisionStream
+from benchmarks.data.streams import Stream, read
+from benchmarks.data.torchvision_loop import TorchvisionStream, crop_flip
 from benchmarks.environment import ROOT
 from benchmarks.report import Report
 from benchmarks.timing import Function
 from mlomae.config import Config, load_config
-from mlomae.data import Batch, LevelLoaders
+from mlomae.data import LevelLoaders
 from mlomae.distributed.env import join_world
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
@@ -33,10 +33,6 @@ LOADER_AT_LEAST = 10.0
 END_TO_END_AT_LEAST = {"tiny": 2.0, "micro": 1.0}
 
 
-class Stream(Protocol):
-    def next(self) -> Batch: ...
-
-
 def _configure(folder: Path, changes: dict[str, str] | None = None) -> Config:
     overrides = {"data.dataset": "folder", "data.path": str(folder), "masking.policy": "random"}
     recipe = ROOT / "recipes" / "cifar10_micro.yaml"
@@ -45,16 +41,9 @@ def _configure(folder: Path, changes: dict[str, str] | None = None) -> Config:
 
 def _baselines(config: Config, folder: Path) -> dict[str, TorchvisionStream]:
     loaders = LevelLoaders(config)
+    transform = crop_flip(config.model.size[0], loaders.mean, loaders.std)
     return {
-        name: TorchvisionStream(
-            folder,
-            config.pretrain.batch_size,
-            BATCHES,
-            config.model.size[0],
-            loaders.mean,
-            loaders.std,
-            workers,
-        )
+        name: TorchvisionStream(folder, transform, config.pretrain.batch_size, BATCHES, workers)
         for name, workers in WORKERS.items()
     }
 
@@ -70,21 +59,13 @@ def _show(report: Report, what: str, config: Config, compared: Compared) -> None
     )
 
 
-def _read(stream: Stream) -> Function:
-    def read() -> None:
-        for _ in range(BATCHES):
-            stream.next()
-
-    return read
-
-
 def test_loader(image_folder: Path, compare: Compare, report: Report) -> None:
     config = _configure(image_folder)
     streams = _baselines(config, image_folder)
     compared = compare(
         "data/loader",
-        _read(LevelLoaders(config).pretrain),
-        {name: _read(stream) for name, stream in streams.items()},
+        read(LevelLoaders(config).pretrain, BATCHES),
+        {name: read(stream, BATCHES) for name, stream in streams.items()},
         at_least=dict.fromkeys(WORKERS, LOADER_AT_LEAST),
         rounds=ROUNDS,
         warm_up=WARM_UP,

@@ -96,6 +96,14 @@ class LevelLoaders:
             sizes["test"] = len(self._dataset.files[1].names)
         return sizes
 
+    def describe(self) -> str:
+        """What is read, and how, in one line."""
+        sizes = self.sizes
+        labelled = f" ({sizes['labelled']:,} labelled)" if sizes.get("labelled") else ""
+        bad = f", {len(self.ledger):,} bad samples" if len(self.ledger) else ""
+        how = "resident" if "train" in self._resident else self.pretrain.access
+        return f"data: {sizes['train']:,} train{labelled} and {sizes['heldout']:,} held-out images{bad}; {how}"
+
     def evaluation(self, part: Part) -> Iterator[Batch]:
         """All images of a set once, in order, not augmented; batches may be short or missing for bad samples.
 

@@ -98,6 +98,11 @@ class Stream:
         self._next += 1
         return batch.normalised(self._subset)
 
+    @property
+    def access(self) -> str:
+        """How the images are read, in words."""
+        return "random access" if self._lanes is None else f"shards read in {self._lanes} lanes"
+
     def state_dict(self) -> dict[str, int]:
         """The position: number of the next batch. Batches that were read ahead do not count."""
         lanes = {} if self._lanes is None else {"lanes": self._lanes}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import timing
-from benchmarks.data.images import pack, unpack
 from benchmarks.timing import Stopwatch, interleaved, median_ratio
 from tests.architecture.source_tree import ROOT
 
@@ -80,17 +78,6 @@ def test_a_part_counts_for_itself_only(
     for _ in range(2):  # the second time: nothing of the first is left
         whole.run()
         assert stopwatch.read() == expected
-
-
-def test_a_shard_holds_the_images_of_a_folder(tmp_path: Path) -> None:
-    contents = {"class-0/a.png": b"first", "class-12/b.png": b"second"}
-    for name, content in contents.items():
-        (tmp_path / "from" / name).parent.mkdir(parents=True)
-        (tmp_path / "from" / name).write_bytes(content)
-    pack(tmp_path / "from", tmp_path / "shards" / "train-0000.tar")
-    unpack(tmp_path / "shards" / "train-0000.tar", tmp_path / "to")
-    found = {name: (tmp_path / "to" / name).read_bytes() for name in contents}
-    assert found == contents
 
 
 def test_studies_run_where_they_are_named_only() -> None:
