@@ -15,6 +15,7 @@ from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders, Part
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
+from mlomae.errors import UserError
 
 Array = np.ndarray
 Encode = Callable[[Tensor], Tensor]
@@ -107,8 +108,8 @@ def _fit_probe(strength: float, part: FeatureSet) -> Any:
 def _features(encode: Encode, loaders: LevelLoaders, part: Part, world: World) -> FeatureSet | None:
     """One part's features on rank 0; every rank computes its share of the batches."""
     rows: list[tuple[Array, Array]] = []
-    for number, batch in enumerate(loaders.evaluation(part)):
-        if number % world.size == world.rank:
+    for batch in loaders.evaluation(part):
+        if batch.number % world.size == world.rank:
             assert batch.labels is not None
             features = encode(batch.images.to(world.device)).float().cpu().numpy()
             rows.append((features, batch.labels.numpy()))
@@ -116,6 +117,8 @@ def _features(encode: Encode, loaders: LevelLoaders, part: Part, world: World) -
     if gathered is None:
         return None
     flat = [row for rank_rows in gathered for row in rank_rows]
+    if not flat:
+        raise UserError(f"data.path: no image of the {part} set can be used; see bad_samples.jsonl")
     return FeatureSet(np.concatenate([f for f, _ in flat]), np.concatenate([y for _, y in flat]))
 
 

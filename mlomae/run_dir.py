@@ -140,7 +140,9 @@ class RunDir:
             there = None
         if not isinstance(there, dict):
             raise self._refusal("config.yaml is damaged; choose another run_dir or delete it")
-        before, now = flatten(there), flatten(yaml.safe_load(self._config_text))
+        # A field that is newer than the run had its default.
+        before = {**flatten(yaml.safe_load(dump_config(Config()))), **flatten(there)}
+        now = flatten(yaml.safe_load(self._config_text))
         differences = [
             f"{name} is {before.get(name, 'absent')} there, {now.get(name, 'absent')} asked for"
             for name in [*now, *(before.keys() - now.keys())]

@@ -127,7 +127,7 @@ class OrderedBatches(Batches):
         return -(-len(self.subset) // self.batch)
 
     def read(self, number: int) -> PixelBatch:
-        rows = torch.arange(len(self.subset))[number * self.batch : (number + 1) * self.batch]
+        rows = torch.arange(number * self.batch, min((number + 1) * self.batch, len(self.subset)))
         return PixelBatch.of(self.subset.read_good(rows), number, 0)
 
 

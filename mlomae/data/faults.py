@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mlomae.errors import UserError
+
 Kind = Literal[
     "unreadable",  # the file or its bytes cannot be had
     "empty",  # no bytes
@@ -41,3 +43,18 @@ class Fault:
     key: str
     kind: Kind
     reason: str
+
+
+class HopelessError(UserError):
+    """So many samples in a row are bad that no good one is expected.
+
+    Attributes:
+        faults: of all of them.
+    """
+
+    def __init__(self, message: str, faults: tuple[Fault, ...]) -> None:
+        super().__init__(message, faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return str(self.args[0])

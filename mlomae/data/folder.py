@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mlomae.data.faults import BadSample
+from mlomae.data.urls import with_retries
 from mlomae.errors import UserError
 
+_LOST = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 UNLABELLED = ("unlabelled", "unlabeled")  # a folder beside the class folders that is no class
 
 
@@ -105,7 +107,10 @@ class FilesSource:
         Raises:
             BadSample: it is missing or cannot be read.
         """
+        path = self._root / self.keys[index]
         try:
-            return (self._root / self.keys[index]).read_bytes()
-        except OSError as error:
+            return path.read_bytes()
+        except _LOST as error:
             raise BadSample("unreadable", f"cannot be read ({error.strerror})") from None
+        except OSError:  # of a disk or a network, which may come back
+            return with_retries(path.read_bytes, str(path))

@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from mlomae.data.batches import Order, PixelBatch
 from mlomae.data.faults import BadSample
 from mlomae.data.shards import ShardSource
-from mlomae.data.subset import Loaded, Subset
+from mlomae.data.subset import Loaded, Subset, stride_of
 from mlomae.data.transforms import Augment
 from mlomae.errors import UserError
 from mlomae.random import stream_seed
 
 # Enough to mix many shards in a batch and to feed many processes; each holds a shard open.
 MAX_LANES = 32
+_NEAR = 4  # samples in memory that are tried in place of a bad one, before others have to be read
 
 
 def count_lanes(batch: int, world_size: int, num_shards: int) -> int:
@@ -65,9 +66,9 @@ class LaneBatches:
         return len(self.subset) // self.lanes // self.rows * self.rows
 
     @property
-    def block(self) -> int:
-        """Samples that are shuffled together: whole batches of a lane."""
-        return max(1, self.buffer // self.order.batch) * self.rows
+    def blocks(self) -> int:
+        """Of a lane in an epoch: samples that are shuffled together, about ``buffer`` of all lanes."""
+        return max(1, round(self.length * self.lanes / max(self.buffer, self.order.batch)))
 
     def iterate(self, first: int, workers: int, pin: bool = False) -> Generator[PixelBatch, None, None]:
         """This rank's parts of the batches from number ``first`` on.
@@ -123,6 +124,8 @@ class _Lane:
         self._batches, self._lane, self._order = batches, lane, order
         self._reader = source.open_reader()
         self._block: tuple[int, int] | None = None
+        self._rows = torch.empty(0, dtype=torch.int64)  # of this lane in the epoch
+        self._begin = 0  # of the block in them
         self._ring: list[int] = []
         self._contents: dict[int, bytes | BadSample] = {}
         self.first_row = lane * batches.rows
@@ -130,31 +133,47 @@ class _Lane:
     def read(self, number: int) -> Loaded:
         """This lane's rows of batch ``number``."""
         batches = self._batches
-        epoch, chunk = divmod(number, batches.length // batches.rows)
-        block, start = divmod(chunk * batches.rows, batches.block)
+        chunks = batches.length // batches.rows
+        epoch, chunk = divmod(number, chunks)
+        block = ((chunk + 1) * batches.blocks - 1) // chunks
+        first = block * chunks // batches.blocks
         if self._block != (epoch, block):
-            self._fill(epoch, block)
+            self._fill(
+                epoch, block, first * batches.rows, (block + 1) * chunks // batches.blocks * batches.rows
+            )
         offset = self.first_row - batches.order.first_row
         u = batches.order.uniforms(number, torch.device("cpu"))[offset : offset + batches.rows]
-        starts = range(start, start + batches.rows)
-        return batches.subset.load(self._ring, starts, self._content, batches.kind, u)
+        start = (chunk - first) * batches.rows
+        candidates = (self._candidates(place) for place in range(start, start + batches.rows))
+        return batches.subset.load(candidates, self._content, batches.kind, u)
+
+    def _candidates(self, place: int) -> Iterator[int]:
+        """The row at a place of the block, others of the block, and then some from anywhere in the lane."""
+        ring = self._ring
+        for step in range(min(_NEAR, len(ring))):
+            yield ring[(place + step) % len(ring)]
+        stride = stride_of(len(self._rows))
+        for step in range(1, len(self._rows)):
+            yield int(self._rows[(self._begin + place + step * stride) % len(self._rows)])
 
     def _content(self, row: int) -> bytes:
-        content = self._contents[row]
+        content = self._contents.get(row)
+        if content is None:  # from outside of the block
+            return self._batches.subset.content(row)
         if isinstance(content, BadSample):
             raise content
         return content
 
-    def _fill(self, epoch: int, block: int) -> None:
+    def _fill(self, epoch: int, block: int, begin: int, end: int) -> None:
         batches, subset = self._batches, self._batches.subset
-        begin = block * batches.block
-        end = min(begin + batches.block, batches.length)
         first = self._lane * batches.length
-        rows = self._order.rows(epoch)[first + begin : first + end]
+        self._rows = self._order.rows(epoch)[first : first + batches.length]
+        self._begin = begin
+        rows = self._rows[begin:end]
         self._block, self._contents = None, {}  # before the new ones come: half the memory
-        for row in rows.tolist():
+        for row, index in zip(rows.tolist(), subset.indices[rows].tolist(), strict=True):
             try:
-                self._contents[row] = self._reader.content(int(subset.indices[row]))
+                self._contents[row] = self._reader.content(index)
             except BadSample as bad:
                 self._contents[row] = bad
         seed = stream_seed(*batches.order.seed, epoch, self._lane, block)
@@ -179,7 +198,9 @@ class _EpochOrder:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(stream_seed(*self._seed, epoch))
             shards = torch.randperm(len(self._spans), generator=generator).tolist()
-            self._rows = torch.cat([torch.arange(*self._spans[shard]) for shard in shards])
+            rows = torch.cat([torch.arange(*self._spans[shard]) for shard in shards])
+            # So that even a single shard leaves out others each time.
+            self._rows = rows.roll(int(torch.randint(len(rows), (), generator=generator)))
             self._epoch = epoch
         return self._rows
 
@@ -198,12 +219,14 @@ def _join(parts: Sequence[PixelBatch]) -> PixelBatch:
     )
 
 
-def _joined(
-    streams: Sequence[Iterator[PixelBatch | UserError]], pin: bool
-) -> Generator[PixelBatch, None, None]:
-    for parts in zip(*streams, strict=True):
-        batch = _join([_raised(part) for part in parts])
-        yield batch.pin_memory() if pin else batch
+def _joined(streams: list[Iterator[PixelBatch | UserError]], pin: bool) -> Generator[PixelBatch, None, None]:
+    try:
+        for parts in zip(*streams, strict=True):
+            batch = _join([_raised(part) for part in parts])
+            yield batch.pin_memory() if pin else batch
+    finally:
+        # An error's traceback would keep the loaders, and so their processes, alive.
+        streams.clear()
 
 
 def _raised(part: PixelBatch | UserError) -> PixelBatch:

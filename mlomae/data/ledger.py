@@ -32,15 +32,17 @@ class FaultLedger:
         Raises:
             UserError: too many samples are bad.
         """
-        self.note(faults)
-        self.check()
+        if self.note(faults):
+            self.check()
 
-    def note(self, faults: Iterable[Fault]) -> None:
-        """Takes down what was met, whatever its number."""
+    def note(self, faults: Iterable[Fault]) -> bool:
+        """Takes down what was met, whatever its number; whether anything is new."""
+        before = len(self._known)
         for fault in faults:
             if fault.key not in self._known:
                 self._known[fault.key] = fault
                 self._new.append(fault)
+        return len(self._known) > before
 
     def restore(self, faults: Iterable[Fault]) -> None:
         """Takes over what is known already and need not be told again."""
@@ -60,7 +62,7 @@ class FaultLedger:
             raise UserError(
                 f"data.max_bad_share: {found} of {self.num_samples} samples are bad ({self._summary()}), "
                 f"more than the {self.max_share:.3g} allowed; the last one is {last.key} ({last.reason}); "
-                "repair or remove them, or raise the share"
+                "repair or remove them (and bad_samples.jsonl), or raise the share"
             )
 
     def take_new(self) -> list[Fault]:

@@ -59,6 +59,7 @@ class LevelLoaders:
 
         self._device = device
         self._resident: dict[Part, Subset] = {}
+        self._samples: dict[tuple[Part, int], Tensor] = {}
 
         def stream(level: Level, part: Part, kind: Augment) -> Stream:
             subset, batch = self._placed(level, part, kind), getattr(config, level).batch_size
@@ -102,7 +103,9 @@ class LevelLoaders:
         labelled = f" ({sizes['labelled']:,} labelled)" if sizes.get("labelled") else ""
         bad = f", {len(self.ledger):,} bad samples" if len(self.ledger) else ""
         how = "resident" if "train" in self._resident else self.pretrain.access
-        return f"data: {sizes['train']:,} train{labelled} and {sizes['heldout']:,} held-out images{bad}; {how}"
+        return (
+            f"data: {sizes['train']:,} train{labelled} and {sizes['heldout']:,} held-out images{bad}; {how}"
+        )
 
     def evaluation(self, part: Part) -> Iterator[Batch]:
         """All images of a set once, in order, not augmented; batches may be short or missing for bad samples.
@@ -111,24 +114,38 @@ class LevelLoaders:
         """
         subset = self._subset(part)
         batches = OrderedBatches(subset, self._config.eval.batch_size)
-        read = iterate(batches, range(len(batches)), self._config.data.workers)
-        return (batch.normalised(subset) for batch in read if self._is_usable(batch))
+        # Every process more would read remote shards from their beginnings once more.
+        workers = min(self._config.data.workers, 1) if _is_remote(subset) else self._config.data.workers
+        return self._usable(subset, iterate(batches, range(len(batches)), workers))
 
     def sample_images(self, part: Part, count: int) -> Tensor:
-        """The first ``count`` images of a set (all if it has fewer): float32 [count, C, H, W], normalised."""
-        subset = self._subset(part)
-        return OrderedBatches(subset, min(count, len(subset))).read(0).normalised(subset).images
+        """The first ``count`` images of a set (all if it has fewer): float32 [count, C, H, W], normalised.
+
+        Read once; in place of a bad sample stands a good one.
+        """
+        if (part, count) not in self._samples:
+            subset = self._subset(part)
+            rows = torch.arange(min(count, len(subset)))
+            loaded = subset.read(rows, "none", torch.zeros(len(rows), 0))
+            self.ledger.note(loaded.faults)
+            self._samples[part, count] = PixelBatch.of(loaded, 0, 0).normalised(subset).images
+            _close(subset)
+        return self._samples[part, count]
 
     def close(self) -> None:
         """Ends the loader processes of all streams."""
         for stream in (self.pretrain, self.head, self.mask):
             if stream is not None:
                 stream.close()
+        _close(self._subset("train"))
 
-    def _is_usable(self, batch: PixelBatch) -> bool:
-        """Takes down a batch's bad samples; whether any good one is left."""
-        self.ledger.add(batch.faults)
-        return len(batch.indices) > 0
+    def _usable(self, subset: Subset, batches: Iterator[PixelBatch]) -> Iterator[Batch]:
+        """Batches with good samples; all ranks see the same ones, and the limit is checked afterwards."""
+        for batch in batches:
+            self.ledger.note(batch.faults)
+            if len(batch.indices):
+                yield batch.normalised(subset)
+        _close(subset)
 
     def _expect(self, source: Source) -> None:
         """Opens the account of a part's bad samples with those that its shards' headers showed."""
@@ -154,7 +171,8 @@ class LevelLoaders:
             return subset
         if part not in self._resident:
             self._resident[part], faults = make_resident(subset, self._device)
-            self.ledger.add(faults)
+            self.ledger.add(faults)  # the same on every rank
+            _close(subset)
         return self._resident[part]
 
     def _buffer(self, subset: Subset) -> int | None:
@@ -187,3 +205,13 @@ class LevelLoaders:
 
     def _make_subset(self, source: Source, indices: Tensor) -> Subset:
         return Subset(source, indices, self._config.model.size, self.mean, self.std)
+
+
+def _is_remote(subset: Subset) -> bool:
+    return isinstance(subset.source, ShardSource) and subset.source.remote
+
+
+def _close(subset: Subset) -> None:
+    """Leaves no connection open that nobody reads from."""
+    if isinstance(subset.source, ShardSource):
+        subset.source.close()

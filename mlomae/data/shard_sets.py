@@ -48,11 +48,15 @@ def open_shards(data: DataConfig, in_chans: int) -> Dataset:
 
     def open_test() -> Source:
         test = ShardSource(open_index(test_where))
+        _verify_apart(index, test.index)
         if num_classes is not None:
-            if test.labels is None:
+            unlabelled = (test.index.samples.labels < 0).nonzero().flatten().tolist()
+            if unlabelled:
                 raise UserError(
-                    f"{_first(test_where)}: has no labels, but the training shards have; add them"
+                    f"{test.keys[unlabelled[0]]}: has no label, but test samples need one where training has "
+                    f"them; add it, and those of {len(unlabelled) - 1} others"
                 )
+            assert test.labels is not None
             _require_known(_first(test_where), test.labels, num_classes)
         return test
 
@@ -142,8 +146,13 @@ def _select(index: ShardIndex, urls: Sequence[str]) -> ShardIndex:
     unknown = next((url for url in urls if shard_name(url) not in numbers), None)
     if unknown is not None:
         raise UserError(f"{unknown}: is not in the index beside it; index the shards again")
+    if len({shard_name(url) for url in urls}) < len(urls):
+        raise UserError(f"{urls[0]} and its siblings: two of them have one name; give each shard once")
+    # Where the user says that they are; an index may have been made elsewhere.
+    places = {shard_name(url): url for url in urls}
+    shards = tuple(replace(shard, url=places.get(shard_name(shard.url), "")) for shard in index.shards)
     if len(urls) == len(index.shards):
-        return index
+        return replace(index, shards=shards)
     chosen = sorted(numbers[shard_name(url)] for url in urls)
     renumbered = torch.full((len(index.shards),), -1)
     renumbered[torch.tensor(chosen)] = torch.arange(len(chosen))
@@ -152,7 +161,7 @@ def _select(index: ShardIndex, urls: Sequence[str]) -> ShardIndex:
     names = {shard_name(index.shards[number].url) for number in chosen}
     return replace(
         index,
-        shards=tuple(index.shards[number] for number in chosen),
+        shards=tuple(shards[number] for number in chosen),
         samples=SampleTable(
             PackedStrings.pack(samples.keys[row] for row in kept.tolist()),
             renumbered[samples.shards[kept]],
@@ -187,6 +196,15 @@ def _info_beside(url: str) -> dict[str, int]:
         if local_path(address).exists():
             return read_info(address)
     return {}
+
+
+def _verify_apart(train: ShardIndex, test: ShardIndex) -> None:
+    """Refuses a test part of training shards, as far as their addresses and checksums tell."""
+    addresses = {shard.url for shard in train.shards}
+    checksums = {shard.sha256 for shard in train.shards if shard.sha256 is not None}
+    for shard in test.shards:
+        if shard.url in addresses or shard.sha256 in checksums:
+            raise UserError(f"data.test_path: {shard.url} is a training shard; keep the parts apart")
 
 
 def _verify_counts(index: ShardIndex, counts: dict[str, int]) -> None:

@@ -31,6 +31,9 @@ class Reader(Protocol):
             UserError: the shard cannot be read, or is too short.
         """
 
+    def close(self) -> None:
+        """Gives back what is open; the next read opens it again."""
+
 
 class ShardSource:
     """The samples of an index; a key is ``<shard>/<sample key>``.
@@ -48,7 +51,7 @@ class ShardSource:
         self.keys: Sequence[str] = index.samples.keys
         labels = index.samples.labels
         self.labels: Tensor | None = labels if bool((labels >= 0).any()) else None
-        self._reader = self.open_reader()
+        self._reader: Reader = StreamReader(index) if self.remote else FileReader(index)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -57,8 +60,12 @@ class ShardSource:
         return self._reader.content(index)
 
     def open_reader(self) -> Reader:
-        """A reader with a place of its own in the shards."""
-        return StreamReader(self.index) if self.remote else FileReader(self.index)
+        """A reader for one who goes front to back; those of files are shared, they have no place."""
+        return StreamReader(self.index) if self.remote else self._reader
+
+    def close(self) -> None:
+        """Gives connections and descriptors back; the next read opens them again."""
+        self._reader.close()
 
 
 class FileReader:
@@ -75,10 +82,16 @@ class FileReader:
 
         def read() -> bytes:
             with self._lock:  # another thread may close a descriptor to make room
-                block = os.pread(self._descriptor(shard, url), _HEADER + size, offset - _HEADER)
-            if len(block) < _HEADER + size:
-                raise EOFError(f"it ends at byte {offset - _HEADER + len(block)}, before {offset + size}")
-            return block
+                try:
+                    descriptor = self._descriptor(shard, url)
+                    block = os.pread(descriptor, _HEADER + size, offset - _HEADER)
+                    if len(block) < _HEADER + size:
+                        end = os.fstat(descriptor).st_size
+                        raise EOFError(f"it ends at byte {end}, before {offset + size}")
+                    return block
+                except (OSError, EOFError):
+                    self._drop(shard)  # the next attempt opens it again: it may have been replaced
+                    raise
 
         return _checked(self._index.samples.keys[index], with_retries(read, url))
 
@@ -86,16 +99,24 @@ class FileReader:
         # A forked worker may share these: a positioned read has no file position to fight over.
         if shard not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+                self._drop(next(iter(self._descriptors)))
             self._descriptors[shard] = os.open(local_path(url), os.O_RDONLY)
         return self._descriptors[shard]
+
+    def close(self) -> None:
+        with self._lock:
+            for shard in list(self._descriptors):
+                self._drop(shard)
+
+    def _drop(self, shard: int) -> None:
+        if shard in self._descriptors:
+            os.close(self._descriptors.pop(shard))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileReader, (self._index,)  # a spawned worker opens its own
 
     def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self.close()
 
 
 class StreamReader:
@@ -123,7 +144,6 @@ class StreamReader:
             return _checked(self._index.samples.keys[index], with_retries(read, url))
 
     def close(self) -> None:
-        """Gives the connection back; the next read opens one."""
         if self._stream is not None and self._process == os.getpid():
             self._stream.close()
         self._stream = None
@@ -166,9 +186,9 @@ def _extent(index: ShardIndex, sample: int) -> tuple[int, int, int]:
 
 def _checked(key: str, block: bytes) -> bytes:
     """What follows a tar header, if the header names the sample."""
-    name = key.partition("/")[2].encode() + b"."
-    # A longer name stands elsewhere.
-    if len(name) < 90:
+    name = (key.partition("/")[2] + ".").encode("utf-8", "surrogateescape")
+    # A longer name, or one of other letters, stands elsewhere.
+    if len(name) < 90 and name.isascii():
         prefix = block[345:500].rstrip(b"\0") if block[257:262] == b"ustar" else b""
         found = (prefix + b"/" if prefix else b"") + block[:100]
         if not found.startswith(name):

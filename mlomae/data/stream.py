@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 
 from mlomae.data.batches import Batch, Order, PixelBatch, ShuffledBatches, iterate
+from mlomae.data.faults import Fault, HopelessError
 from mlomae.data.lanes import LaneBatches, count_lanes
 from mlomae.data.ledger import FaultLedger
 from mlomae.data.shards import ShardSource
@@ -22,7 +23,8 @@ class Stream:
 
     Neither the number of workers nor, where the set is read in random order, the world size changes what the
     global batch n holds (``mlomae.data.lanes`` tells what a sequential set needs for that). Nor does it
-    matter whether the images are resident.
+    matter whether images that are read in random order are resident. Where a sample is bad, a good one takes
+    its place, which the epoch then holds twice.
 
     Args:
         subset: its images; those of a resident one are augmented on its device, in this process.
@@ -91,12 +93,22 @@ class Stream:
             self._iterator = self._open()
         try:
             batch = next(self._iterator)
-            self._ledger.add(batch.faults)
+            self._take_down(batch.faults)
+        except HopelessError as error:
+            self.close()
+            self._take_down(error.faults)  # which often has a better reason to stop
+            raise
         except BaseException:
             self.close()  # a retry reads the same batch
             raise
         self._next += 1
         return batch.normalised(self._subset)
+
+    def _take_down(self, faults: Iterable[Fault]) -> None:
+        if self._world_size == 1:
+            self._ledger.add(faults)
+        else:
+            self._ledger.note(faults)  # all ranks stop together, when they have exchanged what they know
 
     @property
     def access(self) -> str:
@@ -112,9 +124,15 @@ class Stream:
         """Continues there.
 
         Raises:
-            UserError: the ranks cannot share the lanes of that stream.
+            UserError: the order was another one, or the ranks cannot share the lanes of that stream.
         """
         lanes = state.get("lanes")
+        if (self._lanes is None) != (lanes is None):
+            before, now = ("random", "sequential") if lanes is None else ("sequential", "random")
+            raise UserError(
+                f"data.access: the {self._level} level has read in {before} order so far, this run would in "
+                f"{now} order; set data.access and data.resident as they were"
+            )
         if self._lanes is not None and lanes is not None:
             if lanes % self._world_size:
                 raise UserError(

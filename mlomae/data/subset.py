@@ -1,19 +1,22 @@
-"""Some images of a source, read and augmented by row; bad samples are replaced by their neighbours."""
+"""Some images of a source, read and augmented by row; bad samples are replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mlomae.data.dataset import Source
-from mlomae.data.faults import BadSample, Fault
+from mlomae.data.faults import BadSample, Fault, HopelessError
 from mlomae.data.transforms import Augment, augment, fit, load
-from mlomae.errors import UserError
 
-# Bad samples in a row after which nothing good is expected any more.
+# Bad samples in a row after which nothing good is expected any more. Others are far from the first one: a set
+# of which only a shard or a folder is bad does not get there.
 MAX_IN_A_ROW = 100
 
 
@@ -50,24 +53,24 @@ class Subset:
         return len(self.indices)
 
     def read(self, rows: Tensor, kind: Augment, u: Tensor) -> Loaded:
-        """Images of ``rows`` [B]; in place of a bad sample stands the next good one.
+        """Images of ``rows`` [B]; in place of a bad sample stands a good one, which depends on its row only.
 
         Args:
             u: float32 [B, NUM_UNIFORMS].
 
         Raises:
-            UserError: MAX_IN_A_ROW samples are bad.
+            HopelessError: MAX_IN_A_ROW samples are bad.
         """
         if self.source.stack is not None:
             return self._take(rows, kind, u)
-        return self.load(range(len(self)), rows.tolist(), self.content, kind, u)
+        return self.load(map(self._substitutes, rows.tolist()), self.content, kind, u)
 
     def read_good(self, rows: Tensor) -> Loaded:
         """Images of ``rows``, not augmented, without those of bad samples."""
         u = torch.zeros(len(rows), 0)
         if self.source.stack is not None:
             return self._take(rows, "none", u)
-        return self.load(range(len(self)), rows.tolist(), self.content, "none", u, replaced=False)
+        return self.load(([row] for row in rows.tolist()), self.content, "none", u, replaced=False)
 
     def content(self, row: int) -> bytes:
         """The encoded image of one row.
@@ -79,48 +82,49 @@ class Subset:
 
     def load(
         self,
-        ring: Sequence[int],
-        starts: Sequence[int],
+        candidates: Iterable[Iterable[int]],
         content: Callable[[int], bytes],
         kind: Augment,
         u: Tensor,
         replaced: bool = True,
     ) -> Loaded:
-        """Decodes and augments the rows ``ring[start]``; after a bad one the next of the ring has its turn.
+        """Decodes and augments an image for each row of a batch: that of the first good candidate.
 
         Args:
-            ring: rows of this subset.
-            starts: B positions in the ring.
+            candidates: rows of this subset, for each of B images.
             content: of a row.
-            replaced: whether bad samples are; they are left out otherwise.
+            replaced: whether there are others for a bad sample; it is left out otherwise.
         """
         rows: list[int] = []
         images: list[Tensor] = []
         faults: list[Fault] = []
-        for start, numbers in zip(starts, u.tolist(), strict=True):
-            tried = min(MAX_IN_A_ROW, len(ring)) if replaced else 1
-            for step in range(tried):
-                row = ring[(start + step) % len(ring)]
+        for some, numbers in zip(candidates, u.tolist(), strict=True):
+            tried = 0
+            for row in itertools.islice(some, MAX_IN_A_ROW):
+                tried += 1
                 try:
                     images.append(load(content(row), kind, numbers, self.size, len(self.mean)))
                 except BadSample as bad:
-                    key = self.source.keys[int(self.indices[row])]
-                    faults.append(Fault(key, bad.kind, bad.reason))
+                    faults.append(Fault(self.source.keys[int(self.indices[row])], bad.kind, bad.reason))
                     continue
                 rows.append(row)
                 break
             else:
                 if replaced:
                     last = faults[-1]
-                    raise UserError(
-                        f"{last.key}: {last.reason}, and so are the {tried - 1} samples before it; "
-                        "is this the right data?"
+                    raise HopelessError(
+                        f"{last.key}: {last.reason}, and {tried - 1} others tried with it are bad too; "
+                        "check that this is the right data",
+                        tuple(faults),
                     )
         indices = self.indices[torch.tensor(rows, dtype=torch.int64)]
-        stacked = (
-            torch.stack(images) if images else torch.empty(0, len(self.mean), *self.size, dtype=torch.uint8)
-        )
+        empty = torch.empty(0, len(self.mean), *self.size, dtype=torch.uint8)
+        stacked = torch.stack(images) if images else empty
         return Loaded(augment(kind, stacked, u), indices, self._labels_of(indices), tuple(faults))
+
+    def _substitutes(self, row: int) -> Iterator[int]:
+        stride = stride_of(len(self))
+        return ((row + step * stride) % len(self) for step in range(len(self)))
 
     def _take(self, rows: Tensor, kind: Augment, u: Tensor) -> Loaded:
         indices = self.indices[rows]
@@ -133,3 +137,10 @@ class Subset:
 
     def _labels_of(self, indices: Tensor) -> Tensor | None:
         return None if self.source.labels is None else self.source.labels[indices]
+
+
+@lru_cache(maxsize=64)
+def stride_of(length: int) -> int:
+    """A step that visits all of ``length`` positions, neighbours far from each other (the golden section)."""
+    start = max(1, round(length * 0.618))
+    return next(step for step in range(start, start + length) if math.gcd(step, length) == 1)

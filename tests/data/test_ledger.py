@@ -36,7 +36,7 @@ def test_too_many_stop_with_a_reason() -> None:
     some.add([CUT, TEXT])
     message = (
         "data.max_bad_share: 3 of 10 samples are bad (2 damaged, 1 not-an-image), more than the 0.2 allowed; "
-        "the last one is b/é (ends early); repair or remove them, or raise the share"
+        "the last one is b/é (ends early); repair or remove them (and bad_samples.jsonl), or raise the share"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         some.add([CUT_TOO])

@@ -85,7 +85,7 @@ def test_a_damaged_image_of_a_resident_set_is_named_at_once(
         fill_folder(tmp_path / name, 30)
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"\d+\.png: .*, and so are the \d+ samples before it") as caught:
+    with pytest.raises(UserError, match=r"\d+\.png: .*, and \d+ others tried with it are bad too") as caught:
         LevelLoaders(make_config(data={"dataset": "folder", "path": tmp_path, "resident": "always"}))
     assert "\n" not in str(caught.value)
 

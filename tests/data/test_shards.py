@@ -233,7 +233,7 @@ def test_unlabelled_test_shards_of_labelled_training(
     write_tar(tmp_path / "test-0.tar", {"a.png": encode(7)})
     dataset = open_shards(tmp_path)
     assert dataset.open_test is not None
-    with pytest.raises(UserError, match=r"test-0\.tar: has no labels, but the training shards have"):
+    with pytest.raises(UserError, match=r"test-0\.tar/a: has no label, but test samples need one"):
         dataset.open_test()
 
 

@@ -1,0 +1,78 @@
+"""Photographs for pretraining at 224 pixels, from files and from shards, against torchvision's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comparison import OURS, Compare
+from benchmarks.data.streams import Stream, alone, read, show_speeds
+from benchmarks.data.torchvision_loop import READ_AHEAD, TorchvisionStream, default_crop, mae_recipe
+from benchmarks.environment import ROOT
+from benchmarks.report import Report
+from mlomae.config import load_config
+from mlomae.data import LevelLoaders
+
+# Seven batches are an epoch of NUM_PHOTOGRAPHS: every round reads the same images.
+BATCH, BATCHES = 32, 7
+ROUNDS, WARM_UP = 5, 1
+AT_LEAST = 1.5
+SOURCES = {
+    "folder": {"data.dataset": "folder"},
+    "shards": {"data.dataset": "shards", "data.access": "random"},
+    "sequential-shards": {"data.dataset": "shards", "data.access": "sequential"},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", SOURCES)
+def test_imagenet(
+    source: str,
+    workers: int,
+    photographs: Path,
+    photograph_shards: Path,
+    one_thread: None,
+    compare: Compare,
+    report: Report,
+) -> None:
+    overrides = {
+        **SOURCES[source],
+        "data.path": str(photographs if source == "folder" else photograph_shards),
+        "data.workers": str(workers),
+        # Next to nothing is kept back, so that both sides read the same images.
+        "data.heldout_fraction": "0.01",
+        "data.test_fraction": "0.01",
+        "pretrain.batch_size": str(BATCH),
+        "masking.policy": "random",
+        "device": "cpu",
+    }
+    config = load_config(ROOT / "recipes" / "imagenet_vit_b16.yaml", overrides)
+    loaders = LevelLoaders(config)
+    side = config.model.size[0]
+    transforms = {
+        "torchvision as in MAE": mae_recipe(side, loaders.mean, loaders.std),
+        "torchvision by default": default_crop(side),
+    }
+    # Longer with workers: all but one of them may have a batch ready when a round begins, but not where they
+    # share each batch.
+    batches = BATCHES * (1 + workers)
+    # Its workers go on reading ahead at the end of a round, as ours do.
+    enough = batches + READ_AHEAD * workers
+    baselines = {
+        name: TorchvisionStream(photographs, transform, BATCH, enough, workers)
+        for name, transform in transforms.items()
+    }
+    streams: dict[str, Stream] = {OURS: loaders.pretrain, **baselines}
+    compared = compare(
+        f"data/imagenet/{source}/{workers}-workers",
+        read(loaders.pretrain, batches),
+        {name: read(stream, batches) for name, stream in baselines.items()},
+        at_least=dict.fromkeys(baselines, AT_LEAST),
+        rounds=ROUNDS,
+        warm_up=WARM_UP,
+        before=alone(streams),
+    )
+    for stream in streams.values():
+        stream.close()
+    show_speeds(report, f"{source}, batches of {BATCH}", BATCH * batches, workers, compared)
