@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] == "profile":
             return _profile(words[1:])
         if words and words[0] == "shards":
-            from mlomae.shards_command import main as shards
+            from mlomae.sharding.command import main as shards
 
             return shards(words[1:])
         return _train(words)

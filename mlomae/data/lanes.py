@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mlomae.data.batches import Order, PixelBatch
 from mlomae.data.faults import BadSample
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.source import ShardSource
 from mlomae.data.subset import Loaded, Subset, stride_of
 from mlomae.data.transforms import Augment
 from mlomae.errors import UserError

@@ -14,7 +14,7 @@ from mlomae.data.batches import Batch, OrderedBatches, PixelBatch, iterate
 from mlomae.data.dataset import Source
 from mlomae.data.ledger import FaultLedger
 from mlomae.data.resident import can_be_resident, is_worthwhile, make_resident
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.source import ShardSource
 from mlomae.data.sources import open_dataset
 from mlomae.data.splits import make_splits
 from mlomae.data.stream import Stream

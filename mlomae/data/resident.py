@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlomae.data.dataset import TensorSource
 from mlomae.data.faults import Fault
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.source import ShardSource
 from mlomae.data.subset import Loaded, Subset
 from mlomae.data.transforms import Augment
 

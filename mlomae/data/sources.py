@@ -12,7 +12,7 @@ from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, TensorSource
 from mlomae.data.decoding import MODES
 from mlomae.data.folder import FilesSource, class_labels, find_classes, list_images
 from mlomae.data.medmnist import open_medmnist
-from mlomae.data.shard_sets import open_shards
+from mlomae.data.shards.sets import open_shards
 from mlomae.errors import UserError
 
 

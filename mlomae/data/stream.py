@@ -11,7 +11,7 @@ from mlomae.data.batches import Batch, Order, PixelBatch, ShuffledBatches, itera
 from mlomae.data.faults import Fault, HopelessError
 from mlomae.data.lanes import LaneBatches, count_lanes
 from mlomae.data.ledger import FaultLedger
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.source import ShardSource
 from mlomae.data.subset import Subset
 from mlomae.data.transforms import Augment
 from mlomae.errors import UserError

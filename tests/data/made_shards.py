@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlomae.data import shard_writer
-from mlomae.data.encoding import Encoding
-from mlomae.data.shard_inputs import open_inputs
-from mlomae.data.shard_writer import Created, Layout, create_shards
 from mlomae.errors import UserError
+from mlomae.sharding import writer
+from mlomae.sharding.encoding import Encoding
+from mlomae.sharding.inputs import open_inputs
+from mlomae.sharding.writer import Created, Layout, create_shards
 
 Members = dict[str, bytes]
 
@@ -30,7 +30,7 @@ def create(
     share: float = 0.0,
     root: Path | None = None,
     parts: tuple[str, ...] = (),
-    report: shard_writer.Report = lambda *counts: None,
+    report: writer.Report = lambda *counts: None,
     **encoding: Any,
 ) -> Created:
     inputs = open_inputs(str(source), root, parts=parts)

@@ -9,8 +9,8 @@ import torch
 
 from mlomae.data.batches import Order
 from mlomae.data.lanes import LaneBatches, count_lanes
-from mlomae.data.shard_scan import scan
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.scan import scan
+from mlomae.data.shards.source import ShardSource
 from mlomae.data.subset import Subset
 
 SIZES = (7, 12, 3, 9, 10)  # samples per shard: 41

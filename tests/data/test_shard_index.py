@@ -16,9 +16,9 @@ import torch
 
 from mlomae.data import urls
 from mlomae.data.faults import Fault
-from mlomae.data.shard_index import read_index, read_info, write_index
-from mlomae.data.shard_scan import scan
-from mlomae.data.shard_table import PackedStrings, SampleTable, Shard, ShardIndex
+from mlomae.data.shards.index import read_index, read_info, write_index
+from mlomae.data.shards.scan import scan
+from mlomae.data.shards.table import PackedStrings, SampleTable, Shard, ShardIndex
 from mlomae.errors import UserError
 from tests.data.web import serve
 

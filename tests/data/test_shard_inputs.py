@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlomae.data.shard_inputs import open_inputs
 from mlomae.errors import UserError
+from mlomae.sharding.inputs import open_inputs
 from tests.data.made_shards import by_source, create, members, pixels, refused
 
 

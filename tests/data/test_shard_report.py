@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from mlomae.data import urls
-from mlomae.data.shard_index import read_index
-from mlomae.data.shard_indexing import index_shards
-from mlomae.data.shard_report import Verification, verify
-from mlomae.data.shard_statistics import Spread, measure
+from mlomae.data.shards.index import read_index
 from mlomae.errors import UserError
+from mlomae.sharding.indexing import index_shards
+from mlomae.sharding.report import Verification, verify
+from mlomae.sharding.statistics import Spread, measure
 from tests.data.made_shards import create
 from tests.data.web import serve
 
@@ -262,7 +262,7 @@ def test_many_images_are_sampled_evenly(
 ) -> None:
     contents = {f"{number:03d}.png": encode(0, 8 + number // 30, 8) for number in range(60)}
     write_tar(tmp_path / "train-0.tar", contents)
-    monkeypatch.setattr("mlomae.data.shard_statistics.SAMPLED", 40)
+    monkeypatch.setattr("mlomae.sharding.statistics.SAMPLED", 40)
     (part,), _ = measure(str(tmp_path))
     assert (part.sampled, part.samples, part.height) == (40, 60, Spread(8, 8.5, 9))
 

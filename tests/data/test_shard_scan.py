@@ -12,8 +12,8 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_itera
 
 from mlomae.data import urls
 from mlomae.data.faults import Fault
-from mlomae.data.shard_scan import scan, scan_shard
-from mlomae.data.shard_table import ShardIndex
+from mlomae.data.shards.scan import scan, scan_shard
+from mlomae.data.shards.table import ShardIndex
 from mlomae.errors import UserError
 from tests.data.archives import member, odd_members, write
 from tests.data.web import Web, serve

@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 from mlomae.config import DataConfig
-from mlomae.data import shard_pool, shard_writer
 from mlomae.data.sources import open_dataset
+from mlomae.sharding import pool, writer
 from tests.data.made_shards import by_source, contents, create, members, refused
 
 
@@ -218,7 +218,7 @@ def test_ctrl_c_leaves_complete_shards_only(tmp_path: Path, large: Path) -> None
 def test_a_worker_that_dies_is_reported(
     tmp_path: Path, classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_pool, "encode", lambda *arguments: os._exit(9))
+    monkeypatch.setattr(pool, "encode", lambda *arguments: os._exit(9))
     assert refused(classes, tmp_path / "out").startswith("a worker process was ended from outside")
 
 
@@ -231,7 +231,7 @@ def test_a_full_disk_is_reported_and_continued(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_pool, "open_shard", full)
+        patch.setattr(pool, "open_shard", full)
         message = refused(classes, tmp_path / "out")
     assert message == f"{tmp_path}/out/train-000000.tar: cannot be written (No space left on device)"
     assert len(create(classes, tmp_path / "out").parts["train"].samples) == 30
@@ -311,7 +311,7 @@ def test_one_process_writes_at_a_time(tmp_path: Path, classes: Path, monkeypatch
 
     out = tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(shard_writer, "PATIENCE", 0.2)
+    monkeypatch.setattr(writer, "PATIENCE", 0.2)
     with (out / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert refused(classes, out) == f"{out}: another process writes shards there; wait for it"

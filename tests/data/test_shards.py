@@ -14,9 +14,9 @@ from mlomae.config import DataConfig
 from mlomae.data.dataset import Dataset
 from mlomae.data.decoding import decode_image
 from mlomae.data.faults import BadSample
-from mlomae.data.shard_index import write_index
-from mlomae.data.shard_scan import scan
-from mlomae.data.shards import MAX_OPEN, ShardSource
+from mlomae.data.shards.index import write_index
+from mlomae.data.shards.scan import scan
+from mlomae.data.shards.source import MAX_OPEN, ShardSource
 from mlomae.data.sources import open_dataset
 from mlomae.errors import UserError
 
@@ -172,7 +172,7 @@ def test_an_index_beside_the_shards_is_taken_and_checked(
         fill_shard(shard, 3 + number, first_seed=10 * number)
     scanned = open_shards(tmp_path).train
     write_index(tmp_path / "train-index.json", scan([str(shard) for shard in shards]))
-    monkeypatch.delattr("mlomae.data.shard_sets.scan")
+    monkeypatch.delattr("mlomae.data.shards.sets.scan")
     indexed = open_shards(tmp_path).train
     assert indexed.keys == scanned.keys
     assert [indexed.content(n) for n in range(12)] == [scanned.content(n) for n in range(12)]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mlomae.cli import main
-from mlomae.data.encoding import Encoding
-from mlomae.data.shard_writer import Layout
-from mlomae.shards_view import MOST_PROBLEMS, show_bytes
+from mlomae.sharding.encoding import Encoding
+from mlomae.sharding.view import MOST_PROBLEMS, show_bytes
+from mlomae.sharding.writer import Layout
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -61,7 +61,7 @@ def test_every_option_arrives(
         seen.update(out=out, encoding=encoding, layout=layout, workers=rest[0], share=rest[1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlomae.data.shard_writer.create_shards", take)
+    monkeypatch.setattr("mlomae.sharding.writer.create_shards", take)
     options = "--samples-per-shard 7 --resize 64 --format webp --quality 80 --seed 3 --no-check --workers 5"
     code, _, errors = run(
         "create", images, tmp_path / "out", *options.split(), "--max-bad-share=0.5", "--parts=train"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlomae.data.shard_scan import scan_shard
-from mlomae.data.tar_members import FileSource, Member, StreamSource, iterate_members
+from mlomae.data.shards.scan import scan_shard
+from mlomae.data.shards.tar_members import FileSource, Member, StreamSource, iterate_members
 from mlomae.errors import UserError
 from tests.data.archives import damage, member, odd_members, with_checksum, write
 

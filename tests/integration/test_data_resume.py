@@ -16,7 +16,7 @@ import pytest
 
 from mlomae.config import Config
 from mlomae.data.loader import Part
-from mlomae.data.shards import FileReader
+from mlomae.data.shards.source import FileReader
 from tests.integration import read_keys
 from tests.integration.bad_shards import WAYS, label, pixels, write_shards
 from tests.integration.read_keys import LEVELS, KeyReader, Rows, log_file, read_log

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mlomae.cli import main
-from mlomae.data.shard_index import write_index
-from mlomae.data.shard_scan import scan
+from mlomae.data.shards.index import write_index
+from mlomae.data.shards.scan import scan
 from mlomae.trainer import Trainer
 from tests.integration.bad_shards import good, write_shards, write_tar
 from tests.integration.tiny import read_result, without_pictures, write_recipe

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mlomae.cli import main
-from mlomae.data.shard_index import write_index
-from mlomae.data.shard_scan import scan
+from mlomae.data.shards.index import write_index
+from mlomae.data.shards.scan import scan
 from tests.integration.bad_shards import WAYS, write_shards
 from tests.integration.read_keys import Rows, noted
 from tests.integration.test_lost_shards import time_limit

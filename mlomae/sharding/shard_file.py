@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mlomae.data.encoding import Encoded
 from mlomae.data.faults import Fault
 from mlomae.run_dir import temporary_for, write_atomically
+from mlomae.sharding.encoding import Encoded
 
 Row = tuple[str, int, int, int]  # sample key, offset and size of its image, label
 

@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from mlomae.data.shard_index import write_index
-from mlomae.data.shard_scan import scan
-from mlomae.data.shard_sets import part_name
-from mlomae.data.shard_table import ShardIndex
+from mlomae.data.shards.index import write_index
+from mlomae.data.shards.scan import scan
+from mlomae.data.shards.sets import part_name
+from mlomae.data.shards.table import ShardIndex
 from mlomae.data.urls import expand, fetch, is_remote, local_path
 from mlomae.errors import UserError
 

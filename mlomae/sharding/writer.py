@@ -25,16 +25,16 @@ from typing import Any, TextIO
 
 import torch
 
-from mlomae.data.encoding import Encoding
 from mlomae.data.faults import Fault
-from mlomae.data.shard_file import Record, read_record, record_path
-from mlomae.data.shard_index import read_index, write_index
-from mlomae.data.shard_inputs import Inputs
-from mlomae.data.shard_pool import Plan, PlannedPart, write_shards
-from mlomae.data.shard_table import PackedStrings, SampleTable, Shard, ShardIndex, join_indexes
+from mlomae.data.shards.index import read_index, write_index
+from mlomae.data.shards.table import PackedStrings, SampleTable, Shard, ShardIndex, join_indexes
 from mlomae.data.urls import local_path
 from mlomae.errors import UserError
 from mlomae.run_dir import first_few, temporary_for, write_atomically
+from mlomae.sharding.encoding import Encoding
+from mlomae.sharding.inputs import Inputs
+from mlomae.sharding.pool import Plan, PlannedPart, write_shards
+from mlomae.sharding.shard_file import Record, read_record, record_path
 
 DESCRIPTION, CLASSES, BAD_SAMPLES, LOCK = "create.json", "classes.json", "bad_samples.jsonl", ".lock"
 PATIENCE = 5.0  # seconds that the processes of a killed run are given to notice it

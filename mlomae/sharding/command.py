@@ -33,10 +33,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _create(known: argparse.Namespace) -> int:
     # Imported late: --help and misuse answer at once.
-    from mlomae.data.encoding import Encoding
-    from mlomae.data.shard_inputs import open_inputs
-    from mlomae.data.shard_writer import BAD_SAMPLES, Layout, count_kinds, create_shards
-    from mlomae.shards_view import Bar, describe
+    from mlomae.sharding.encoding import Encoding
+    from mlomae.sharding.inputs import open_inputs
+    from mlomae.sharding.view import Bar, describe
+    from mlomae.sharding.writer import BAD_SAMPLES, Layout, count_kinds, create_shards
 
     inputs = open_inputs(known.source, known.root, known.download, known.parts)
     encoding = Encoding(known.format, known.resize, known.quality, not known.no_check)
@@ -61,9 +61,9 @@ def _create(known: argparse.Namespace) -> int:
 
 
 def _index(known: argparse.Namespace) -> int:
-    from mlomae.data.shard_indexing import index_shards
-    from mlomae.data.shard_writer import count_kinds
-    from mlomae.shards_view import describe
+    from mlomae.sharding.indexing import index_shards
+    from mlomae.sharding.view import describe
+    from mlomae.sharding.writer import count_kinds
 
     written = index_shards(
         known.pattern, known.out, known.part, known.classes, known.checksums, known.workers
@@ -80,8 +80,8 @@ def _index(known: argparse.Namespace) -> int:
 def _verify(known: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from mlomae.data.shard_report import verify
-    from mlomae.shards_view import Bar, show_verification
+    from mlomae.sharding.report import verify
+    from mlomae.sharding.view import Bar, show_verification
 
     with Bar("shards", shown=not known.json) as bar:
         result = verify(known.where, known.quick, known.decode, known.workers, bar.update)
@@ -93,8 +93,8 @@ def _verify(known: argparse.Namespace) -> int:
 
 
 def _stats(known: argparse.Namespace) -> int:
-    from mlomae.data.shard_statistics import measure
-    from mlomae.shards_view import show_statistics, statistics_values
+    from mlomae.sharding.statistics import measure
+    from mlomae.sharding.view import show_statistics, statistics_values
 
     parts, split = measure(known.where)
     if known.json:

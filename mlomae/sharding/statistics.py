@@ -11,15 +11,15 @@ from typing import Any
 from mlomae.config import DataConfig
 from mlomae.data.dataset import STATISTICS, Dataset
 from mlomae.data.decoding import image_size
-from mlomae.data.encoding import find_kind
 from mlomae.data.faults import BadSample
-from mlomae.data.shard_indexing import read_classes
-from mlomae.data.shard_report import Problem, find_sets
-from mlomae.data.shard_scan import scan
-from mlomae.data.shard_table import ShardIndex
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.scan import scan
+from mlomae.data.shards.source import ShardSource
+from mlomae.data.shards.table import ShardIndex
 from mlomae.data.splits import make_splits
 from mlomae.errors import UserError
+from mlomae.sharding.encoding import find_kind
+from mlomae.sharding.indexing import read_classes
+from mlomae.sharding.report import Problem, find_sets
 
 SAMPLED = 1000  # images whose headers are read for their sizes
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from mlomae.data.encoding import Encoding, encode
 from mlomae.data.faults import BadSample, Fault
-from mlomae.data.shard_file import Record, Row, add_sample, open_shard, write_record
-from mlomae.data.shard_inputs import Images
 from mlomae.errors import UserError
+from mlomae.sharding.encoding import Encoding, encode
+from mlomae.sharding.inputs import Images
+from mlomae.sharding.shard_file import Record, Row, add_sample, open_shard, write_record
 
 INTERVAL = 0.2  # seconds between two looks at the workers, and of a worker at its parent
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Protocol
 from torch import Tensor
 
 from mlomae.data.faults import BadSample
-from mlomae.data.shard_table import ShardIndex
+from mlomae.data.shards.table import ShardIndex
 from mlomae.data.urls import is_remote, local_path, open_stream, with_retries
 
 MAX_OPEN = 128  # descriptors kept per reader and process, well below the usual limit of 1024

@@ -15,9 +15,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from mlomae.data.shard_report import Verification
-from mlomae.data.shard_statistics import PartStatistics, SplitStatistics, Spread
-from mlomae.data.shard_table import ShardIndex
+from mlomae.data.shards.table import ShardIndex
+from mlomae.sharding.report import Verification
+from mlomae.sharding.statistics import PartStatistics, SplitStatistics, Spread
 
 MOST_PROBLEMS = 100  # lines of a table
 FEW = 5  # classes at either end

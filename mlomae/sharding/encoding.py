@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mlomae.data.decoding import decode_image, image_size
 from mlomae.data.faults import BadSample
-from mlomae.data.shard_scan import IMAGE_SUFFIXES
+from mlomae.data.shards.scan import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,10 +15,10 @@ from torch import Tensor
 from mlomae.config import DataConfig
 from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, Source
 from mlomae.data.decoding import MODES
-from mlomae.data.shard_index import read_index, read_info
-from mlomae.data.shard_scan import scan
-from mlomae.data.shard_table import PackedStrings, SampleTable, ShardIndex
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.index import read_index, read_info
+from mlomae.data.shards.scan import scan
+from mlomae.data.shards.source import ShardSource
+from mlomae.data.shards.table import PackedStrings, SampleTable, ShardIndex
 from mlomae.data.urls import expand, fetch, is_remote, local_path, shard_name, sibling
 from mlomae.errors import UserError
 

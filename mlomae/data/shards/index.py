@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mlomae.data.faults import Fault, Kind
-from mlomae.data.shard_table import PackedStrings, SampleTable, Shard, ShardIndex
+from mlomae.data.shards.table import PackedStrings, SampleTable, Shard, ShardIndex
 from mlomae.data.urls import fetch, is_remote, local_path, shard_name, sibling
 from mlomae.errors import UserError
 from mlomae.run_dir import write_atomically

@@ -12,11 +12,11 @@ import torch
 
 from mlomae.data.decoding import decode_image
 from mlomae.data.faults import BadSample
-from mlomae.data.shard_index import read_index, read_info
-from mlomae.data.shard_scan import scan_shard
-from mlomae.data.shard_sets import INFO_NAMES, part_name
-from mlomae.data.shard_table import Shard, ShardIndex
-from mlomae.data.shards import ShardSource
+from mlomae.data.shards.index import read_index, read_info
+from mlomae.data.shards.scan import scan_shard
+from mlomae.data.shards.sets import INFO_NAMES, part_name
+from mlomae.data.shards.source import ShardSource
+from mlomae.data.shards.table import Shard, ShardIndex
 from mlomae.data.urls import expand, is_remote, local_path, shard_name, sibling
 from mlomae.errors import UserError
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from mlomae.data.faults import BadSample, Fault
-from mlomae.data.shard_table import PackedStrings, SampleTable, Shard, ShardIndex, join_indexes
-from mlomae.data.tar_members import FileSource, Source, StreamSource, iterate_members
+from mlomae.data.shards.table import PackedStrings, SampleTable, Shard, ShardIndex, join_indexes
+from mlomae.data.shards.tar_members import FileSource, Source, StreamSource, iterate_members
 from mlomae.data.urls import is_remote, open_stream, shard_name, with_retries
 from mlomae.errors import UserError
 

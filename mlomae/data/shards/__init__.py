@@ -1,0 +1,1 @@
+"""WebDataset shards: what they hold, and how it is read."""

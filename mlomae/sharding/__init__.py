@@ -1,0 +1,1 @@
+"""``mlomae shards``: makes WebDataset shards, indexes them, and looks at them."""
