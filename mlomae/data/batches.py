@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -45,6 +47,11 @@ class PixelBatch:
         """Loaded rows as batch ``number``."""
         return cls(loaded.images, loaded.indices, loaded.labels, number, first_row, loaded.faults)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # From a loader process only the pixels are worth a file of shared memory of their own.
+        small = [None if part is None else part.numpy() for part in (self.indices, self.labels)]
+        return _unpack, (self.pixels, *small, self.number, self.first_row, self.faults)
+
     def to(self, device: torch.device) -> PixelBatch:
         """On the device; from pinned memory without waiting."""
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
@@ -59,6 +66,11 @@ class PixelBatch:
         """Numbers instead of bytes, on the same device."""
         images = normalise(self.pixels, subset.mean, subset.std)
         return Batch(images, self.labels, self.number, self.first_row)
+
+
+def _unpack(pixels: Tensor, indices: np.ndarray, labels: np.ndarray | None, *rest: Any) -> PixelBatch:
+    known = None if labels is None else torch.from_numpy(labels)
+    return PixelBatch(pixels, torch.from_numpy(indices), known, *rest)
 
 
 class Batches(TorchDataset["PixelBatch | UserError"], ABC):

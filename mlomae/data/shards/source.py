@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Protocol
 from torch import Tensor
 
 from mlomae.data.faults import BadSample
-from mlomae.data.shards.table import ShardIndex
+from mlomae.data.shards.table import SampleTable, ShardIndex
 from mlomae.data.urls import is_remote, local_path, open_stream, with_retries
 
 MAX_OPEN = 128  # descriptors kept per reader and process, well below the usual limit of 1024
@@ -73,11 +73,12 @@ class FileReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
+        self._extents = _Extents(index.samples)
         self._descriptors: dict[int, int] = {}
         self._lock = Lock()
 
     def content(self, index: int) -> bytes:
-        shard, offset, size = _extent(self._index, index)
+        shard, offset, size = self._extents[index]
         url = self._index.shards[shard].url
 
         def read() -> bytes:
@@ -124,12 +125,13 @@ class StreamReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
+        self._extents = _Extents(index.samples)
         self._stream: BinaryIO | None = None
         self._shard, self._position, self._process = -1, 0, os.getpid()
         self._lock = Lock()
 
     def content(self, index: int) -> bytes:
-        shard, offset, size = _extent(self._index, index)
+        shard, offset, size = self._extents[index]
         url = self._index.shards[shard].url
 
         def read() -> bytes:
@@ -178,10 +180,16 @@ class StreamReader:
         self.close()
 
 
-def _extent(index: ShardIndex, sample: int) -> tuple[int, int, int]:
-    """Shard number, and where the image's bytes lie in the shard: offset and size."""
-    samples = index.samples
-    return int(samples.shards[sample]), int(samples.offsets[sample]), int(samples.sizes[sample])
+class _Extents:
+    """By sample: shard number, and where the image's bytes lie in the shard: offset and size."""
+
+    def __init__(self, samples: SampleTable) -> None:
+        # Numbers come out of arrays ten times as fast as out of tensors.
+        self._columns = [column.numpy() for column in (samples.shards, samples.offsets, samples.sizes)]
+
+    def __getitem__(self, sample: int) -> tuple[int, int, int]:
+        shards, offsets, sizes = self._columns
+        return int(shards[sample]), int(offsets[sample]), int(sizes[sample])
 
 
 def _checked(key: str, block: bytes) -> bytes:
