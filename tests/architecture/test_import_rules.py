@@ -33,6 +33,7 @@ def _any_of(*packages: str) -> Callable[[str], bool]:
         ("deepspeed", ("mlomae/distributed/engine.py", "mlomae/distributed/deepspeed_")),
         ("webdataset", ("mlomae/data/",)),
         ("triton", ("kernels/mlomae_kernels/dispatch.py", "kernels/mlomae_kernels/triton_ops/")),
+        ("simplejpeg", ("mlomae/data/decoding.py",)),
         ("tensorboard", ("mlomae/metrics.py",)),
         ("pynvml", ("mlomae/nvml.py",)),
         ("torch.utils.tensorboard", ("mlomae/metrics.py",)),
