@@ -109,7 +109,9 @@ def test_processes_that_were_interrupted_and_killed(
     done = subprocess.run(command, capture_output=True, text=True, timeout=START)
 
     assert (done.returncode, done.stderr) == (0, "")
-    first = int(done.stdout.splitlines()[1].split()[1].split("/")[0])
+    first = int(
+        next(line for line in done.stdout.splitlines() if line.startswith("step")).split()[1].split("/")[0]
+    )
     assert first > 7  # it did not start over
     assert_same_run(run_dir, uninterrupted)
 
