@@ -19,7 +19,8 @@ BATCH = 128
 # Twice what fills the shuffle buffer: how often it is filled in a round does not depend on where one begins.
 BATCHES = 64
 ROUNDS, WARM_UP = 5, 1
-AT_LEAST = 3.0
+AT_LEAST = {0: 3.0, 2: 2.0}
+"""By loader processes: on two cores, two of them share these with the one that trains."""
 BASELINE = "torchvision"
 
 
@@ -57,7 +58,7 @@ def test_streaming(
         f"data/streaming/{augment}/{workers}-workers",
         read(ours, BATCHES),
         {BASELINE: read(theirs, BATCHES)},
-        at_least={BASELINE: AT_LEAST},
+        at_least={BASELINE: AT_LEAST[workers]},
         rounds=ROUNDS,
         warm_up=WARM_UP,
         before=alone(streams),
