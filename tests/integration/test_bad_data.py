@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import os
 import re
 import signal
 from collections import Counter
@@ -21,7 +20,6 @@ from mlomae.cli import main
 from mlomae.data.batches import Batch
 from mlomae.data.faults import Kind
 from mlomae.data.stream import Stream
-from mlomae.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.integration.bad_shards import (
     HIDDEN,
@@ -31,7 +29,7 @@ from tests.integration.bad_shards import (
     pixels,
     write_shards,
 )
-from tests.integration.tiny import read_metrics, read_result, without_pictures, write_recipe
+from tests.integration.tiny import read_metrics, read_result, train_and_die, without_pictures, write_recipe
 
 SHARDS, SAMPLES = 10, 100
 TOTAL = SHARDS * SAMPLES
@@ -204,22 +202,9 @@ def test_a_second_member_of_one_name_is_named_and_the_first_is_used(tmp_path: Pa
     assert_names_all(tmp_path, kinds)
 
 
-def _train_and_die(argv: list[str], iteration: int) -> None:
-    """Runs ``main`` and kills its own process before ``iteration``, as an outside SIGKILL would."""
-    iterate = Trainer.iterate
-
-    def last(self: Trainer, current: int) -> object:
-        if current == iteration:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return iterate(self, current)
-
-    setattr(Trainer, "iterate", last)  # noqa: B010 - a plain assignment would not type-check
-    main(argv)
-
-
 def die_and_resume(argv: list[str], tmp_path: Path, half: bytes) -> list[tuple[str, str]]:
     """A run that is killed, and may leave half a line, and its resumption; what was named at the kill."""
-    process = multiprocessing.get_context("fork").Process(target=_train_and_die, args=(argv, 8))
+    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(argv, 8))
     process.start()
     process.join(60)
     process.kill()

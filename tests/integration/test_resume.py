@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mlomae import checkpoint
 from mlomae.cli import main
 from mlomae.trainer import Trainer
-from tests.integration.tiny import read_metrics, read_result, without_pictures, write_recipe
+from tests.integration.tiny import read_metrics, read_result, train_and_die, without_pictures, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 45
@@ -116,19 +116,6 @@ def test_processes_that_were_interrupted_and_killed(
     assert_same_run(run_dir, uninterrupted)
 
 
-def _train_and_die(argv: list[str], iteration: int) -> None:
-    """Runs ``main`` and kills its own process before ``iteration``, as an outside SIGKILL would."""
-    iterate = Trainer.iterate
-
-    def last(self: Trainer, current: int) -> object:
-        if current == iteration:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return iterate(self, current)
-
-    setattr(Trainer, "iterate", last)  # noqa: B010 - a plain assignment would not type-check
-    main(argv)
-
-
 # Before the first checkpoint, right after one, between a log line and a checkpoint, at the last iteration.
 @pytest.mark.dist
 @pytest.mark.parametrize(
@@ -147,7 +134,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     without_pictures(monkeypatch)
     argv = ["train", "--config", str(recipe), "--run-dir", str(tmp_path), "--data.workers", str(workers)]
     for iteration in kills:
-        process = multiprocessing.get_context("fork").Process(target=_train_and_die, args=(argv, iteration))
+        process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(argv, iteration))
         process.start()
         process.join(START)
         process.kill()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from mlomae.cli import main
 from mlomae.config import Config
 from mlomae.distributed.env import World, join_world
 from mlomae.run_dir import RunDir
@@ -105,3 +108,16 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         Image.new("L", (1, 1)).save(self.run_dir.picture)
 
     monkeypatch.setattr(Trainer, "_draw", draw)
+
+
+def train_and_die(argv: list[str], iteration: int) -> None:
+    """Runs ``main`` and kills its own process before ``iteration``, as an outside SIGKILL would."""
+    iterate = Trainer.iterate
+
+    def last(self: Trainer, current: int) -> object:
+        if current == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return iterate(self, current)
+
+    setattr(Trainer, "iterate", last)  # noqa: B010 - a plain assignment would not type-check
+    main(argv)
