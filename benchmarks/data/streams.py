@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from benchmarks.comparison import Compared
+from benchmarks.comparison import OURS, Compare, Compared
 from benchmarks.report import Report
 from benchmarks.timing import Function
 from mlomae.data import Batch
+
+PLAIN_READING = {
+    # Next to nothing is kept back, so that both sides read the same images.
+    "data.heldout_fraction": "0.01",
+    "data.test_fraction": "0.01",
+    "masking.policy": "random",
+    "device": "cpu",
+}
+"""What our stream is configured with beside its data."""
 
 
 class Stream(Protocol):
@@ -44,6 +53,32 @@ def alone(streams: Mapping[str, Stream]) -> dict[str, Function]:
         return restart
 
     return {name: start(stream) for name, stream in streams.items()}
+
+
+def compare_streams(
+    compare: Compare,
+    name: str,
+    ours: Stream,
+    baselines: Mapping[str, Stream],
+    batches: int,
+    at_least: float,
+    rounds: int,
+    warm_up: int,
+) -> Compared:
+    """Times rounds of ``batches``; every stream has to be ``at_least`` times as slow as ours. Closes all."""
+    streams = {OURS: ours, **baselines}
+    compared = compare(
+        name,
+        read(ours, batches),
+        {name: read(stream, batches) for name, stream in baselines.items()},
+        at_least=dict.fromkeys(baselines, at_least),
+        rounds=rounds,
+        warm_up=warm_up,
+        before=alone(streams),
+    )
+    for stream in streams.values():
+        stream.close()
+    return compared
 
 
 def show_speeds(report: Report, title: str, images: int, workers: int, compared: Compared) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.comparison import OURS, Compare
-from benchmarks.data.streams import Stream, alone, read, show_speeds
+from benchmarks.comparison import Compare
+from benchmarks.data.streams import PLAIN_READING, compare_streams, show_speeds
 from benchmarks.data.torchvision_loop import READ_AHEAD, TorchvisionStream, default_crop, mae_recipe
 from benchmarks.environment import ROOT
 from benchmarks.report import Report
@@ -41,12 +41,8 @@ def test_imagenet(
         **SOURCES[source],
         "data.path": str(photographs if source == "folder" else photograph_shards),
         "data.workers": str(workers),
-        # Next to nothing is kept back, so that both sides read the same images.
-        "data.heldout_fraction": "0.01",
-        "data.test_fraction": "0.01",
         "pretrain.batch_size": str(BATCH),
-        "masking.policy": "random",
-        "device": "cpu",
+        **PLAIN_READING,
     }
     config = load_config(ROOT / "recipes" / "imagenet_vit_b16.yaml", overrides)
     loaders = LevelLoaders(config)
@@ -64,16 +60,8 @@ def test_imagenet(
         name: TorchvisionStream(photographs, transform, BATCH, enough, workers)
         for name, transform in transforms.items()
     }
-    streams: dict[str, Stream] = {OURS: loaders.pretrain, **baselines}
-    compared = compare(
-        f"data/imagenet/{source}/{workers}-workers",
-        read(loaders.pretrain, batches),
-        {name: read(stream, batches) for name, stream in baselines.items()},
-        at_least=dict.fromkeys(baselines, AT_LEAST[workers]),
-        rounds=ROUNDS,
-        warm_up=WARM_UP,
-        before=alone(streams),
+    name = f"data/imagenet/{source}/{workers}-workers"
+    compared = compare_streams(
+        compare, name, loaders.pretrain, baselines, batches, AT_LEAST[workers], ROUNDS, WARM_UP
     )
-    for stream in streams.values():
-        stream.close()
     show_speeds(report, f"{source}, batches of {BATCH}", BATCH * batches, workers, compared)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torchvision.transforms import ToTensor
 
-from benchmarks.comparison import OURS, Compare
-from benchmarks.data.streams import Stream, alone, read, show_speeds
+from benchmarks.comparison import Compare
+from benchmarks.data.streams import PLAIN_READING, compare_streams, show_speeds
 from benchmarks.data.torchvision_loop import READ_AHEAD, TorchvisionStream
 from benchmarks.environment import ROOT
 from benchmarks.report import Report
@@ -41,28 +41,16 @@ def test_streaming(
         "data.resident": "never",
         "data.augment": augment,
         "data.workers": str(workers),
-        # Next to nothing is kept back, so that both sides read the same images.
-        "data.heldout_fraction": "0.01",
-        "data.test_fraction": "0.01",
         "pretrain.batch_size": str(BATCH),
-        "masking.policy": "random",
-        "device": "cpu",
+        **PLAIN_READING,
     }
     config = load_config(ROOT / "recipes" / "cifar10_micro.yaml", overrides)
     ours = LevelLoaders(config).pretrain
     # Its workers go on reading ahead at the end of a round, as ours do.
     enough = BATCHES + READ_AHEAD * workers
     theirs = TorchvisionStream(unpacked_shards, ToTensor(), BATCH, enough, workers)
-    streams: dict[str, Stream] = {OURS: ours, BASELINE: theirs}
-    compared = compare(
-        f"data/streaming/{augment}/{workers}-workers",
-        read(ours, BATCHES),
-        {BASELINE: read(theirs, BATCHES)},
-        at_least={BASELINE: AT_LEAST[workers]},
-        rounds=ROUNDS,
-        warm_up=WARM_UP,
-        before=alone(streams),
+    name = f"data/streaming/{augment}/{workers}-workers"
+    compared = compare_streams(
+        compare, name, ours, {BASELINE: theirs}, BATCHES, AT_LEAST[workers], ROUNDS, WARM_UP
     )
-    for stream in streams.values():
-        stream.close()
     show_speeds(report, f"augment {augment}, batches of {BATCH}", BATCH * BATCHES, workers, compared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +45,12 @@ class Fault:
     key: str
     kind: Kind
     reason: str
+
+
+def count_kinds(faults: Iterable[Fault]) -> str:
+    """Such as "3 damaged, 1 empty"."""
+    kinds = Counter(fault.kind for fault in faults)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 class HopelessError(UserError):

@@ -1,11 +1,11 @@
 """Shards read front to back: batches whose rows come from lanes.
 
 Each epoch puts the shards in a new order and cuts the row of all their samples into equal *lanes*: every
-sample belongs to one lane at most, and what is left over (fewer than a batch per lane) changes with the
-order. A global batch takes the same number of rows from every lane. A rank owns a share of the lanes, a
-loader process a share of the rank's, so that nobody reads what another one uses, and neither their number nor
-a resume changes a batch: within a lane, blocks of consecutive samples are shuffled by counters, so that batch
-n is a pure function of n that costs a reader one block to get to.
+sample belongs to one lane at most, and what is left over (less than a batch) changes with the order. A global
+batch takes the same number of rows from every lane. A rank owns a share of the lanes, a loader process a
+share of the rank's, so that nobody reads what another one uses, and neither their number nor a resume changes
+a batch: within a lane, blocks of consecutive samples are shuffled by counters, so that batch n is a pure
+function of n that costs a reader one block to get to.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from mlomae.data.faults import Fault
+from mlomae.data.faults import Fault, count_kinds
 from mlomae.errors import UserError
 
 
@@ -59,8 +59,9 @@ class FaultLedger:
         found = len(self._known)
         if found > self.max_share * self.num_samples:
             last = next(reversed(self._known.values()))
+            kinds = count_kinds(self._known.values())
             raise UserError(
-                f"data.max_bad_share: {found} of {self.num_samples} samples are bad ({self._summary()}), "
+                f"data.max_bad_share: {found} of {self.num_samples} samples are bad ({kinds}), "
                 f"more than the {self.max_share:.3g} allowed; the last one is {last.key} ({last.reason}); "
                 "repair or remove them (and bad_samples.jsonl), or raise the share"
             )
@@ -77,6 +78,3 @@ class FaultLedger:
     def counts(self) -> dict[str, int]:
         """Bad samples by kind, most frequent first."""
         return dict(Counter(fault.kind for fault in self._known.values()).most_common())
-
-    def _summary(self) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items())

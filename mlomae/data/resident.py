@@ -42,7 +42,7 @@ def make_resident(subset: Subset, device: torch.device) -> tuple[Subset, list[Fa
     """The same set with its images on the device.
 
     Decoding takes as long as one epoch's reading, shared by as many threads as there are processors. In place
-    of a bad sample stands the next good one, as where batches are read one by one.
+    of a bad sample stands the same good one as where batches are read one by one.
 
     Returns:
         The set, and the bad samples.

@@ -133,13 +133,15 @@ def _present(part: PartFiles) -> Iterator[tuple[Path, str, os.stat_result]]:
             continue
 
 
+def key_digest(stream: str, key: str) -> bytes:
+    """Eight bytes that depend on a sample's key and a stream's name only."""
+    return hashlib.blake2s(f"{stream}/{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
 def _draw(keys: Sequence[str], stream: str, fraction: float) -> Tensor:
     """bool [N]: the samples whose hash, read as a number in [0, 1), lies below ``fraction``."""
     limit = int(fraction * 2**64)
-    digests = (
-        hashlib.blake2s(f"{stream}/{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        for key in keys
-    )
+    digests = (key_digest(stream, key) for key in keys)
     return torch.tensor([int.from_bytes(digest, "big") < limit for digest in digests], dtype=torch.bool)
 
 

@@ -33,10 +33,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _create(known: argparse.Namespace) -> int:
     # Imported late: --help and misuse answer at once.
+    from mlomae.data.faults import count_kinds
     from mlomae.sharding.encoding import Encoding
     from mlomae.sharding.inputs import open_inputs
     from mlomae.sharding.view import Bar, describe
-    from mlomae.sharding.writer import BAD_SAMPLES, Layout, count_kinds, create_shards
+    from mlomae.sharding.writer import BAD_SAMPLES, Layout, create_shards
 
     inputs = open_inputs(known.source, known.root, known.download, known.parts)
     encoding = Encoding(known.format, known.resize, known.quality, not known.no_check)
@@ -61,9 +62,9 @@ def _create(known: argparse.Namespace) -> int:
 
 
 def _index(known: argparse.Namespace) -> int:
+    from mlomae.data.faults import count_kinds
     from mlomae.sharding.indexing import index_shards
     from mlomae.sharding.view import describe
-    from mlomae.sharding.writer import count_kinds
 
     written = index_shards(
         known.pattern, known.out, known.part, known.classes, known.checksums, known.workers

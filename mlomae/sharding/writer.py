@@ -12,11 +12,9 @@ Until then every finished shard has a hidden record, by which a later run knows 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,9 +23,10 @@ from typing import Any, TextIO
 
 import torch
 
-from mlomae.data.faults import Fault
+from mlomae.data.faults import Fault, count_kinds
 from mlomae.data.shards.index import read_index, write_index
 from mlomae.data.shards.table import PackedStrings, SampleTable, Shard, ShardIndex, join_indexes
+from mlomae.data.splits import key_digest
 from mlomae.data.urls import local_path
 from mlomae.errors import UserError
 from mlomae.run_dir import first_few, temporary_for, write_atomically
@@ -108,12 +107,6 @@ def create_shards(
     return created
 
 
-def count_kinds(faults: Iterable[Fault]) -> str:
-    """Such as "3 damaged, 1 empty"."""
-    kinds = Counter(fault.kind for fault in faults)
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-
-
 class _Limit:
     """Takes down bad samples, and stops when there are too many."""
 
@@ -190,10 +183,7 @@ def _order(names: Sequence[str], seed: int | None) -> list[int]:
     if seed is None:
         return list(range(len(names)))
     # By hashes, as splits are drawn: the same on every machine and with every release of a library.
-    digests = [
-        hashlib.blake2s(f"{seed}/{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        for name in names
-    ]
+    digests = [key_digest(str(seed), name) for name in names]
     return sorted(range(len(names)), key=digests.__getitem__)
 
 

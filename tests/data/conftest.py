@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mlomae.config import Config
+from mlomae.data import urls
 
 MakeConfig = Callable[..., Config]
 
@@ -87,6 +88,12 @@ def fill_shard(encode: Callable[..., bytes], write_tar: Callable[..., None]) -> 
         write_tar(path, members)
 
     return fill
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets readers try three times in no time."""
+    monkeypatch.setattr(urls, "DELAYS", (0.001, 0.001))
 
 
 @pytest.fixture

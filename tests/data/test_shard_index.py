@@ -143,11 +143,11 @@ def test_shards_that_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "file:///data/e.tar",
     ]
     table = SampleTable([], *(torch.zeros(0, dtype=torch.int64) for _ in range(4)))
-    (tmp_path / "work" / "index").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "cwd" / "index").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
     write_index(Path("index/t-index.json"), ShardIndex(tuple(Shard(url, 0, 0) for url in given), table))
     found = [shard.url for shard in read_index("index/t-index.json").shards]
-    here = f"{tmp_path}/work/d.tar"  # a command is never written down: c.tar is looked for beside the index
+    here = f"{tmp_path}/cwd/d.tar"  # a command is never written down: c.tar is looked for beside the index
     assert found == ["/data/a.tar", "http://h/b.tar?x=1", "index/c.tar", here, "/data/e.tar"]
 
 

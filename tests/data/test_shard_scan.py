@@ -10,7 +10,6 @@ import pytest
 import torch
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from mlomae.data import urls
 from mlomae.data.faults import Fault
 from mlomae.data.shards.scan import scan, scan_shard
 from mlomae.data.shards.table import ShardIndex
@@ -18,10 +17,7 @@ from mlomae.errors import UserError
 from tests.data.archives import member, odd_members, write
 from tests.data.web import Web, serve
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "DELAYS", (0.001, 0.001))
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from webdataset.gopen import gopen_schemes
 
-from mlomae.data import urls
 from mlomae.data.urls import (
     expand,
     fetch,
@@ -23,10 +22,7 @@ from mlomae.data.urls import (
 from mlomae.errors import UserError
 from tests.data.web import Web, serve
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "DELAYS", (0.001, 0.001))
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture

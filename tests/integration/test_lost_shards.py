@@ -59,7 +59,7 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def train(tmp_path: Path, data: Path, fields: dict[str, Any]) -> int:
+def train(tmp_path: Path, data: Path | str, fields: dict[str, Any]) -> int:
     """The exit code of a run."""
     fields = {
         "iterations": 8,

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from mlomae.cli import main
 from mlomae.data.shards.index import write_index
 from mlomae.data.shards.scan import scan
+from tests.integration import test_lost_shards
 from tests.integration.bad_shards import WAYS, write_shards
 from tests.integration.read_keys import Rows, noted
-from tests.integration.test_lost_shards import time_limit
-from tests.integration.tiny import read_result, without_pictures, write_recipe
+from tests.integration.tiny import read_result, without_pictures
 
 SHARDS, SAMPLES = 4, 25
 PATTERN = "train-{000000..000003}.tar"
@@ -55,22 +54,9 @@ def local(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 def train(tmp_path: Path, path: str, fields: dict[str, Any]) -> tuple[Rows, int]:
     """What a whole run reads, evaluation included, and its exit code."""
-    fields = {
-        "iterations": 8,
-        "model.img_size": 16,
-        "model.patch_size": 4,
-        "model.in_chans": 3,
-        "data.dataset": "shards",
-        "data.path": path,
-        "data.resident": "never",
-        "data.shuffle_buffer": 48,
-        "data.augment": "crop-flip",
-        "data.max_bad_share": 0.1,
-        **fields,
-    }
-    recipe = write_recipe(tmp_path / "tiny.yaml", fields)
-    with noted() as rows, time_limit():
-        code = main(["train", "--config", str(recipe), "--run-dir", str(tmp_path / "run")])
+    reading = {"data.shuffle_buffer": 48, "data.augment": "crop-flip", "data.max_bad_share": 0.1}
+    with noted() as rows:
+        code = test_lost_shards.train(tmp_path, path, {**reading, **fields})
     return rows, code
 
 
