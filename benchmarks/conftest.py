@@ -16,7 +16,7 @@ from benchmarks.environment import RESULTS, ROOT, environment
 from benchmarks.ratio_plugin import RatioPlugin, add_options
 from benchmarks.ratios import Ratios
 from benchmarks.report import OpenReport, Report
-from mlomae.config import Policy
+from mlomae.sections import Policy
 
 BENCHMARKS = ROOT / "benchmarks"
 # Lists that a record's command has to repeat where they differ from these.

@@ -10,6 +10,8 @@ from mlomae.errors import UserError
 EXIT_OK = 0
 EXIT_PROBLEMS = 1  # a check has found something
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # asked to stop by a signal: the checkpoint is written, the same command goes on
+EXIT_LOST = 76  # another rank was lost or is stuck: the same command resumes from the last checkpoint
 EXIT_INTERRUPTED = 130
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import mlomae_kernels
 from mlomae.compilation import compile_module, resolve_execution
-from mlomae.config import Config, LevelConfig
+from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine
@@ -28,6 +28,7 @@ from mlomae.precision import (
     with_precision,
 )
 from mlomae.random import stream_seed
+from mlomae.sections import LevelConfig
 from mlomae_kernels.ops.attention import choose_attention
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from mlomae import __version__
 from mlomae.arguments import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Parser, positive
-from mlomae.config import Config, Section, load_config
+from mlomae.config import Config, load_config
 from mlomae.errors import UserError
+from mlomae.sections import Section
 
 DESCRIPTION = "MLO-MAE: masked autoencoders whose mask is learned from a downstream task."
 EXAMPLES = """\

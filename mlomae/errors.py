@@ -1,7 +1,15 @@
-"""Errors that a user can act on: one line, no traceback, a non-zero exit."""
+"""Ends of a run that need no traceback: one line, and an exit code that tells what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
     """Bad input. The message is one line: the field or file, what was found, what would be right."""
+
+
+class Preempted(Exception):
+    """A signal asked this run to stop. What is done is saved; the same command goes on."""
+
+
+class LostRank(Exception):
+    """Another rank was lost, left or is stuck. The message is one line that names it."""

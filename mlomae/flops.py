@@ -24,8 +24,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlomae.config import Config, ModelConfig
+from mlomae.config import Config
 from mlomae.models.encoder import SIZES, num_pooled
+from mlomae.sections import ModelConfig
 
 MLP_RATIO = 4
 """Hidden width of a block's MLP over the block's width (He et al. 2022), of encoder and decoder."""

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from mlomae import objectives
 from mlomae.compilation import eagerly
-from mlomae.config import Config, LevelConfig
+from mlomae.config import Config
 from mlomae.data.batches import Batch
 from mlomae.data.stream import Stream
 from mlomae.distributed.engine import Engine, trainable
@@ -28,6 +28,7 @@ from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import MaskingNetwork
 from mlomae.models.selection import MaskPolicy
 from mlomae.ranges import profiled
+from mlomae.sections import LevelConfig
 
 Rates = TypeVar("Rates", bound=LevelConfig)
 

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from benchmarks.peers.measure import Peer, main
 from benchmarks.peers.problem import ReadAhead, Stream, build_modules
 from mlomae import objectives
-from mlomae.config import Config, LevelConfig
+from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.engine import build_adamw
 from mlomae.models.encoder import pool_features
 from mlomae.models.selection import MaskPolicy
+from mlomae.sections import LevelConfig
 
 Sample = tuple[Tensor, Tensor, int]
 """Images [B, C, H, W], labels [B], number of the batch."""

@@ -9,9 +9,9 @@ import torch
 from benchmarks.comparison import Compare
 from benchmarks.report import Report
 from benchmarks.timing import Function
-from mlomae.config import LevelConfig
 from mlomae.distributed.engine import build_adamw
 from mlomae.models.encoder import ViTEncoder
+from mlomae.sections import LevelConfig
 
 BASELINES: dict[str, dict[str, Any]] = {
     "default AdamW": {},

@@ -18,10 +18,10 @@ from benchmarks.comparison import OURS, Compare, Compared
 from benchmarks.report import Report
 from benchmarks.timing import Function
 from mlomae.compilation import compile_module
-from mlomae.config import ModelConfig
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.selection import PatchSelection
 from mlomae.precision import cpu_has_bf16
+from mlomae.sections import ModelConfig
 from mlomae_kernels import select_patches
 
 ROUNDS, WARM_UP = 9, 2

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from mlomae.config import DataConfig
 from mlomae.data.csv_table import open_csv
 from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, TensorSource
 from mlomae.data.decoding import MODES
@@ -14,6 +13,7 @@ from mlomae.data.folder import FilesSource, class_labels, find_classes, list_ima
 from mlomae.data.medmnist import open_medmnist
 from mlomae.data.shards.sets import open_shards
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 
 def open_dataset(data: DataConfig, in_chans: int) -> Dataset:

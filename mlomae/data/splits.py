@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import Dataset, PartFiles
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 
 @dataclass(frozen=True)

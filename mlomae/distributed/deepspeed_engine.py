@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlomae.config import LevelConfig
 from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import merge
 from mlomae.distributed.engine import MOMENTS, build_adamw, set_lr, trainable, weights_of
@@ -18,6 +17,7 @@ from mlomae.distributed.recorder import StepCounter, StepRecord, StepRecorder
 from mlomae.distributed.zero import PartitionedShardSpace, ReplicatedShardSpace, ShardSpace
 from mlomae.errors import UserError
 from mlomae.mlo.space import TensorSpace, WeightSpace
+from mlomae.sections import LevelConfig
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlomae.config import LevelConfig
 from mlomae.errors import UserError
+from mlomae.sections import LevelConfig
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "<level>.batch_size",

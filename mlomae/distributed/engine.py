@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mlomae.config import LevelConfig
 from mlomae.distributed import collectives
 from mlomae.distributed.recorder import StepCounter, StepRecord, StepRecorder
 from mlomae.mlo.space import TensorSpace, WeightSpace
+from mlomae.sections import LevelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's per-parameter state."""

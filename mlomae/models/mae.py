@@ -19,7 +19,7 @@ from mlomae.models.linear import replace_linear_layers
 from mlomae.models.selection import PatchSelection
 
 if TYPE_CHECKING:  # networks take any object with these attributes: pydantic is not needed to build one
-    from mlomae.config import ModelConfig
+    from mlomae.sections import ModelConfig
 
 
 class Decoder(nn.Module):

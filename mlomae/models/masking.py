@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mlomae.models.encoder import sincos_positions
 
 if TYPE_CHECKING:  # networks take any object with these attributes: pydantic is not needed to build one
-    from mlomae.config import MaskingConfig
+    from mlomae.sections import MaskingConfig
 
 
 class ScaledLinear(nn.Module):

@@ -17,7 +17,7 @@ import mlomae_kernels
 from mlomae.random import counter_uniform, stream_seed
 
 if TYPE_CHECKING:  # networks take any object with these attributes: pydantic is not needed to build one
-    from mlomae.config import MaskingConfig
+    from mlomae.sections import MaskingConfig
 
 NUM_BLOCKS = 2
 

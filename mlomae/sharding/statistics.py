@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import STATISTICS, Dataset
 from mlomae.data.decoding import image_size
 from mlomae.data.faults import BadSample
@@ -17,6 +16,7 @@ from mlomae.data.shards.source import ShardSource
 from mlomae.data.shards.table import ShardIndex
 from mlomae.data.splits import make_splits
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 from mlomae.sharding.encoding import find_kind
 from mlomae.sharding.indexing import read_classes
 from mlomae.sharding.report import Problem, find_sets

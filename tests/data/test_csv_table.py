@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import Dataset, Source
 from mlomae.data.faults import BadSample
 from mlomae.data.sources import open_dataset
 from mlomae.data.splits import make_splits
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 OpenTable = Callable[..., Dataset]
 

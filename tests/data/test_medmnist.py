@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mlomae.config import DataConfig
 from mlomae.data import medmnist
 from mlomae.data.dataset import Dataset, Source
 from mlomae.data.sources import open_dataset
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 Array = npt.NDArray[Any]
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlomae.config import DataConfig
 from mlomae.data.sources import open_dataset
+from mlomae.sections import DataConfig
 from mlomae.sharding import pool, writer
 from tests.data.made_shards import by_source, contents, create, members, refused
 

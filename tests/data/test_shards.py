@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import Dataset
 from mlomae.data.decoding import decode_image
 from mlomae.data.faults import BadSample
@@ -19,6 +18,7 @@ from mlomae.data.shards.scan import scan
 from mlomae.data.shards.source import MAX_OPEN, ShardSource
 from mlomae.data.sources import open_dataset
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 
 def open_shards(path: Path, in_chans: int = 3) -> Dataset:

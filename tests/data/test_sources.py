@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import Dataset
 from mlomae.data.faults import BadSample
 from mlomae.data.sources import open_dataset
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 
 def open_folder(path: Path, in_chans: int = 3) -> Dataset:

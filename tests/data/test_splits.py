@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import Dataset, TensorSource
 from mlomae.data.faults import BadSample
 from mlomae.data.sources import open_dataset
 from mlomae.data.splits import Splits, make_splits, verify_disjoint
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 
 def dataset_of(keys: list[str], own_test: bool = False, labels: Tensor | None = None) -> Dataset:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlomae.config import LevelConfig
 from mlomae.distributed.engine import Engine
 from mlomae.mlo.schedule import warmup_cosine
+from mlomae.sections import LevelConfig
 
 STEPS = 8
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlomae.config import PretrainConfig
 from mlomae.distributed import collectives
 from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import join_world
 from mlomae.errors import UserError
 from mlomae.meters import FiniteGuard, Meters, Scalars
+from mlomae.sections import PretrainConfig
 from tests.distributed.ranks import run_ranks
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlomae.config import LevelConfig
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.ds_config import load_ds_config
 from mlomae.distributed.engine import Engine, TorchEngine, state_shapes
 from mlomae.distributed.env import World, join_world, leave_world
 from mlomae.errors import UserError
+from mlomae.sections import LevelConfig
 from tests.distributed.problem import STEPS, batches, fresh_model, rate, run_engine
 from tests.distributed.ranks import run_ranks
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlomae.config import PretrainConfig
 from mlomae.distributed.ds_config import OWNED_BY_RECIPE, load_ds_config, merge
 from mlomae.errors import UserError
+from mlomae.sections import PretrainConfig
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 

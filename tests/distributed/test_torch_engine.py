@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mlomae.config import LevelConfig
 from mlomae.distributed.engine import TorchEngine, build_adamw, state_shapes, weights_of
+from mlomae.sections import LevelConfig
 from tests.distributed.problem import Model, batches, fresh_model, rate, run_engine
 
 

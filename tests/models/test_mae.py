@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlomae_kernels
-from mlomae.config import ModelConfig
 from mlomae.models.encoder import sincos_positions
 from mlomae.models.mae import Decoder, MaskedAutoencoder
 from mlomae.models.selection import PatchSelection
+from mlomae.sections import ModelConfig
 from mlomae_kernels.ops import linear
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlomae.config import MaskingConfig
 from mlomae.models import masking
 from mlomae.models.masking import (
     MaskingNetwork,
@@ -16,6 +15,7 @@ from mlomae.models.masking import (
     TokenMaskingNetwork,
     build_masking_network,
 )
+from mlomae.sections import MaskingConfig
 from mlomae.statistics import score_statistics
 
 GRID, WIDTH, BOUND = (3, 5), 12, 4.0

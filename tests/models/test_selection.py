@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage, stats  # type: ignore[import-untyped]  # scipy has no types
 from torch import Tensor
 
-from mlomae.config import MaskingConfig
 from mlomae.models.selection import NUM_BLOCKS, MaskPolicy, PatchSelection
+from mlomae.sections import MaskingConfig
 
 CPU = torch.device("cpu")
 POLICIES = ("learned", "random", "fixed", "weighted-random", "block")

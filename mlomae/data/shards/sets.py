@@ -12,7 +12,6 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from mlomae.config import DataConfig
 from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, Source
 from mlomae.data.decoding import MODES
 from mlomae.data.shards.index import read_index, read_info
@@ -21,6 +20,7 @@ from mlomae.data.shards.source import ShardSource
 from mlomae.data.shards.table import PackedStrings, SampleTable, ShardIndex
 from mlomae.data.urls import expand, fetch, is_remote, local_path, shard_name, sibling
 from mlomae.errors import UserError
+from mlomae.sections import DataConfig
 
 Place = str | Sequence[str]
 """A pattern or the address of an index, or the urls of shards."""
