@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mlomae_kernels
-from mlomae.compilation import compile_module, resolve_execution
+from mlomae.compilation import compile_module
 from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
@@ -51,18 +51,19 @@ def build_levels(
     world: World,
     ds_config: dict[str, Any] | None,
     precision: str,
+    execution: str,
 ) -> Levels:
     """Models with seeded weights, their engines, and the levels around them.
 
     Args:
         ds_config: a checked DeepSpeed configuration, or None for plain torch engines.
         precision: bf16, tf32 or float32.
+        execution: eager, compiled or graphs.
 
     Raises:
         UserError: ``pretrain.micro_batches`` does not divide a rank's batch.
     """
     set_float32_products(precision)
-    execution = resolve_execution(config.compute.execution, world.device)
     share, parts = config.pretrain.batch_size // world.size, config.pretrain.micro_batches
     if share % parts:
         raise UserError(f"pretrain.micro_batches: {parts} does not divide a rank's batch of {share} images")
@@ -103,7 +104,7 @@ def build_levels(
     return Levels(lower, middle, upper)
 
 
-def describe_implementations(config: Config, world: World, precision: str) -> str:
+def describe_implementations(config: Config, world: World, precision: str, execution: str) -> str:
     """Which implementations of the operators and of attention a run uses, and why, in one line.
 
     Raises:
@@ -117,7 +118,6 @@ def describe_implementations(config: Config, world: World, precision: str) -> st
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
     operators = mlomae_kernels.describe(device_type)
-    execution = resolve_execution(config.compute.execution, world.device)
     return (
         f"operators: {operators}; attention: {choice.name} ({choice.reason}); "
         f"precision: {describe_precision(precision, world.device)}; execution: {execution}"

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mlomae import __version__
-from mlomae.arguments import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Parser, positive
+from mlomae.arguments import (
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    Parser,
+    positive,
+)
 from mlomae.config import Config, load_config
-from mlomae.errors import UserError
+from mlomae.errors import LostRank, Preempted, UserError
+from mlomae.preemption import Preemption
 from mlomae.sections import Section
 
 DESCRIPTION = "MLO-MAE: masked autoencoders whose mask is learned from a downstream task."
@@ -29,7 +38,7 @@ Running the same command again resumes an unfinished run. Every field below is a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code (0 done, 1 problems found, 2 bad input, 130 interrupted)."""
+    """Runs a command; returns its exit code, see ``mlomae.arguments``."""
     words = sys.argv[1:] if argv is None else argv
     try:
         if words and words[0] == "hypergrad-check":
@@ -40,10 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mlomae.sharding.command import main as shards
 
             return shards(words[1:])
+        if words and words[0] == "submit":
+            from mlomae.slurm.submit import main as submit
+
+            return submit(words[1:])
         return _train(words)
     except UserError as error:
         print(f"mlomae: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Preempted as stop:
+        print(f"mlomae: {stop}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except LostRank as error:
+        print(f"mlomae: error: {error}", file=sys.stderr)
+        return EXIT_LOST
     except KeyboardInterrupt:
         print("mlomae: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -57,10 +76,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None]:
 
 def _train(argv: Sequence[str]) -> int:
     config, ds_path = parse(argv)
-    # Imported late: --help and configuration errors answer at once.
-    from mlomae.run import run
+    with Preemption() as preemption:
+        # Imported late: --help and configuration errors answer at once.
+        from mlomae.run import run
 
-    result = run(config, ds_path)
+        result = run(config, ds_path, preemption)
     for name, value in result.items():
         print(f"{name}: {value}")
     return EXIT_OK
@@ -142,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command", choices=["train"], metavar="command",
         help="train: pretrain and evaluate one run; others: see `mlomae hypergrad-check --help`, "
-        "`mlomae profile --help` and `mlomae shards --help`",
+        "`mlomae profile --help`, `mlomae shards --help` and `mlomae submit --help`",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(

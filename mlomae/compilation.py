@@ -16,10 +16,14 @@ from torch import nn
 _MOST_GRAPHS = 64
 
 
-def resolve_execution(wanted: str, device: torch.device) -> str:
-    """eager, compiled or graphs: what ``compute.execution`` means on a device."""
+def resolve_execution(wanted: str, device: torch.device, sharded: bool = False) -> str:
+    """eager, compiled or graphs: what ``compute.execution`` means on a device.
+
+    Args:
+        sharded: weights are gathered by hooks (ZeRO 3), which do not fit into one graph.
+    """
     if wanted == "auto":
-        return "compiled" if device.type == "cuda" else "eager"
+        return "compiled" if device.type == "cuda" and not sharded else "eager"
     return wanted
 
 

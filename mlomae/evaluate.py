@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders, Part
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
@@ -33,30 +32,32 @@ class FeatureSet:
     labels: Array
 
 
-def evaluate_features(
-    encoders: Mapping[str, Encode], loaders: LevelLoaders, config: Config, world: World
-) -> dict[str, float]:
-    """Test accuracies of frozen features; called on every rank.
+def collect_features(encode: Encode, loaders: LevelLoaders, world: World) -> dict[Part, FeatureSet]:
+    """The features of the labelled, held-out and test images on rank 0, nothing elsewhere; on every rank.
 
-    Args:
-        encoders: by prefix of their results' names.
-
-    Returns:
-        ``<prefix>knn_accuracy`` and ``<prefix>linear_accuracy`` in [0, 1] on rank 0, nothing elsewhere.
+    Every rank computes its share of the batches.
     """
     parts: tuple[Part, ...] = ("labelled", "heldout", "test")
-    # All features before any score: ranks that waited for rank 0's probes would time out.
-    collected = {
-        prefix: [_features(encode, loaders, part, world) for part in parts]
-        for prefix, encode in encoders.items()
+    collected = {part: _features(encode, loaders, part, world) for part in parts}
+    return {part: features for part, features in collected.items() if features is not None}
+
+
+def score_features(parts: Mapping[Part, FeatureSet], prefix: str, k: int) -> dict[str, float]:
+    """Test accuracies of frozen features.
+
+    Args:
+        parts: of ``collect_features``, on rank 0.
+        prefix: of the results' names.
+        k: neighbours.
+
+    Returns:
+        ``<prefix>knn_accuracy`` and ``<prefix>linear_accuracy`` in [0, 1].
+    """
+    train, heldout, test = parts["labelled"], parts["heldout"], parts["test"]
+    return {
+        f"{prefix}knn_accuracy": knn_accuracy(_join(train, heldout), test, k),
+        f"{prefix}linear_accuracy": linear_accuracy(train, heldout, test),
     }
-    scores: dict[str, float] = {}
-    for prefix, (train, heldout, test) in collected.items():
-        if train is not None and heldout is not None and test is not None:
-            k = config.eval.knn_k
-            scores[f"{prefix}knn_accuracy"] = knn_accuracy(_join(train, heldout), test, k)
-            scores[f"{prefix}linear_accuracy"] = linear_accuracy(train, heldout, test)
-    return scores
 
 
 def knn_accuracy(train: FeatureSet, test: FeatureSet, k: int) -> float:

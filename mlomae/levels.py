@@ -18,12 +18,11 @@ from mlomae.compilation import eagerly
 from mlomae.config import Config
 from mlomae.data.batches import Batch
 from mlomae.data.stream import Stream
-from mlomae.distributed.engine import Engine, trainable
+from mlomae.distributed.engine import Engine
 from mlomae.hypergradient import Hypergradient, MaskedBatch, Metrics
 from mlomae.mlo.best_response import HeadProblem, Weights
 from mlomae.mlo.direction import Direction
 from mlomae.mlo.schedule import warmup_cosine
-from mlomae.mlo.space import global_norm
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import MaskingNetwork
 from mlomae.models.selection import MaskPolicy
@@ -46,10 +45,6 @@ class Level(Generic[Rates]):
         """The learning rate of this level in one outer iteration."""
         r = self.rates
         return warmup_cosine(iteration, self.iterations, r.lr, r.min_lr, r.warmup)
-
-    def weight_norm(self) -> Tensor:
-        """Norm of the trainable weights, 0-dim; not finite once a step has broken them."""
-        return global_norm(parameters_of(self.engine.module))
 
     def next_batch(self) -> Batch:
         """The stream's next batch, on the device."""
@@ -116,17 +111,9 @@ class PretrainLevel(Level[LevelConfig]):
     def mask(self, batch: Batch) -> MaskedBatch:
         """Chooses the patches of a batch; a function of the batch and its number."""
         images = batch.images
-        tokens, scores = self.score(images)
+        tokens, scores = mask_scores(self.autoencoder, self.masking_network, images)
         selection = self.policy.select(scores, len(images), batch.number, batch.first_row, images.device)
         return MaskedBatch(images, selection, tokens, scores)
-
-    @torch.no_grad()
-    def score(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The masking network's input [B, L, D] and output [B, L]; None without a network."""
-        if self.masking_network is None:
-            return None, None
-        tokens = self.autoencoder.encoder.patch_embed(images)
-        return tokens, self.masking_network(tokens)
 
 
 class HeadLevel(Level[LevelConfig]):
@@ -148,7 +135,7 @@ class HeadLevel(Level[LevelConfig]):
 
     def problem(self, iteration: int) -> HeadProblem:
         """This level as the mask level sees it in one outer iteration."""
-        module = self.engine.module
+        module = self.engine.whole_module()
 
         def loss(weights: Weights, features: Tensor, labels: Tensor) -> Tensor:
             # Second derivatives of the head are taken, which compiled modules do not have.
@@ -184,9 +171,15 @@ class MaskLevel(Level[LevelConfig]):
         return {"loss/mask": direction.heldout_loss, "hypergradient/norm": norm, **metrics}
 
 
-def parameters_of(module: nn.Module) -> list[Tensor]:
-    """The trainable parameters, in module order."""
-    return [parameter for _, parameter in trainable(module)]
+@torch.no_grad()
+def mask_scores(
+    autoencoder: MaskedAutoencoder, network: nn.Module | None, images: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masking network's input [B, L, D] and output [B, L]; None without a network."""
+    if network is None:
+        return None, None
+    tokens = autoencoder.encoder.patch_embed(images)
+    return tokens, network(tokens)
 
 
 def mean_of(metrics: Iterable[Metrics]) -> Metrics:

@@ -63,6 +63,16 @@ class Meters:
         self._sums, self._counts = {}, {}
         return means
 
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Sums, averaged over ranks, and counts by name; called on all ranks together."""
+        sums = Scalars(self._sums).read() if self._sums else {}
+        return {name: (total, self._counts[name]) for name, total in sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
+        """Goes on from there."""
+        self._sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
+        self._counts = {name: count for name, (_, count) in state.items()}
+
 
 class FiniteGuard:
     """Remembers, on the device, the first iteration at which a level was not finite."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mlomae_kernels
-from mlomae.levels import PretrainLevel
-from mlomae.models.selection import PatchSelection
+from mlomae.levels import mask_scores
+from mlomae.models.mae import MaskedAutoencoder
+from mlomae.models.selection import MaskPolicy, PatchSelection
 from mlomae.visualize import mask_picture
 
 # Draws that estimate the removal probability of a policy without a masking network.
@@ -18,19 +19,25 @@ NUM_DRAWS = 64
 
 @torch.no_grad()
 def draw_preview(
-    path: Path, level: PretrainLevel, images: Tensor, mean: Tensor, std: Tensor, title: str
+    path: Path,
+    autoencoder: MaskedAutoencoder,
+    network: nn.Module | None,
+    policy: MaskPolicy,
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    title: str,
 ) -> None:
     """Writes the picture of ``images`` [N, C, H, W] (normalised by mean and std [C, 1, 1]) to ``path``."""
-    autoencoder = level.autoencoder
-    _, scores = level.score(images)
-    probability, selection = _mask(level, scores, len(images), images.device)
+    _, scores = mask_scores(autoencoder, network, images)
+    probability, selection = _mask(policy, scores, len(images), images.device)
     prediction = autoencoder.reconstruct(images, selection).to(images.dtype)
     patches = mlomae_kernels.patchify(images, autoencoder.patch_size)
     if autoencoder.norm_pix:
         # The prediction is relative to each patch's own mean and spread, which are shown as given.
         variance, centre = torch.var_mean(patches, dim=2, keepdim=True)
         prediction = prediction * (variance + 1e-6).sqrt() + centre
-    reconstruction = mlomae_kernels.unpatchify(prediction, level.policy.grid, autoencoder.patch_size)
+    reconstruction = mlomae_kernels.unpatchify(prediction, policy.grid, autoencoder.patch_size)
 
     def show(x: Tensor) -> Tensor:
         return (x * std + mean).clamp(0, 1).float().cpu()
@@ -41,16 +48,15 @@ def draw_preview(
         probability.float().cpu(),
         selection.mask.float().cpu(),
         show(reconstruction),
-        level.policy.grid,
+        policy.grid,
         title,
     )
 
 
 def _mask(
-    level: PretrainLevel, scores: Tensor | None, count: int, device: torch.device
+    policy: MaskPolicy, scores: Tensor | None, count: int, device: torch.device
 ) -> tuple[Tensor, PatchSelection]:
     """Mask probabilities [N, L] and the selection to show: without noise where the mask is learned."""
-    policy = level.policy
     if scores is not None and policy.config.policy == "learned":
         return scores.sigmoid(), policy.keep_lowest(scores)
     shown = policy.select(scores, count, step=0, first_row=0, device=device)

@@ -9,32 +9,38 @@ from mlomae.config import Config
 from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import load_ds_config
 from mlomae.distributed.env import join_world, leave_world
+from mlomae.distributed.watchdog import Watchdog
+from mlomae.preemption import Preemption
 from mlomae.run_dir import RunDir, Status
 from mlomae.trainer import Trainer
 
 
-def run(config: Config, ds_path: Path | None = None) -> dict[str, Any]:
+def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[str, Any]:
     """Trains and evaluates one run; resumes an unfinished one.
 
     Args:
         ds_path: DeepSpeed configuration; None trains with plain torch engines.
+        preemption: tells when to stop.
 
     Returns:
         The content of ``result.json`` on rank 0, empty elsewhere.
 
     Raises:
         UserError: bad input, a run directory of another run, or a loss that is not finite.
+        Preempted: a signal asked to stop.
     """
     ds_config = None if ds_path is None else load_ds_config(ds_path)
-    world = join_world(config.device, always_group=ds_config is not None)
+    patience = config.failure.lost_after, config.failure.stuck_after
+    world = join_world(config.device, always_group=ds_config is not None, patience=max(patience))
     run_dir = RunDir(config.run_dir, config)
     try:
-        if run_dir.claim(primary=False) is Status.COMPLETE:
-            return run_dir.read_result() if world.primary else {}
-        # Built before the directory is taken: bad data leaves nothing behind.
-        trainer = Trainer(config, run_dir, world, ds_config)
-        collectives.on_primary(lambda: run_dir.claim(primary=True))
-        return trainer.fit()
+        with Watchdog(world, *patience):
+            if run_dir.claim(primary=False) is Status.COMPLETE:
+                return run_dir.read_result() if world.primary else {}
+            # Built before the directory is taken: bad data leaves nothing behind.
+            trainer = Trainer(config, run_dir, world, ds_config, preemption)
+            collectives.on_primary(lambda: run_dir.claim(primary=True))
+            return trainer.fit()
     finally:
         run_dir.release()
         leave_world()

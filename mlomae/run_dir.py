@@ -5,7 +5,7 @@
 * ``tensorboard/``: the same for TensorBoard
 * ``checkpoints/``: see ``mlomae.checkpoint``
 * ``mask.png``: the latest mask picture
-* ``encoder.safetensors``: the encoder of the latest checkpoint, as a timm state dict
+* ``encoder.safetensors``: the encoder of the newest checkpoint, as a timm state dict
 * ``bad_samples.jsonl``: images that could not be used, if there were any
 * ``result.json``: the final evaluation; its presence means that the run is complete
 """
@@ -17,13 +17,12 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import safetensors.torch
 import yaml
-from torch import Tensor
 
 from mlomae.config import RESUMABLE_CHANGES, Config, dump_config, flatten
 from mlomae.errors import UserError
@@ -64,10 +63,6 @@ class RunDir:
     @property
     def picture(self) -> Path:
         return self.path / "mask.png"
-
-    @property
-    def encoder(self) -> Path:
-        return self.path / "encoder.safetensors"
 
     @property
     def bad_samples(self) -> Path:
@@ -114,11 +109,6 @@ class RunDir:
         """The content of result.json of a complete run."""
         result: dict[str, Any] = json.loads(self.result.read_text())
         return result
-
-    def write_encoder(self, weights: dict[str, Tensor]) -> None:
-        """Writes encoder.safetensors, a timm state dict."""
-        contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        write_atomically(self.encoder, safetensors.torch.save(contiguous))
 
     def _check_contents(self) -> None:
         try:
@@ -196,8 +186,27 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def link_atomically(source: Path, path: Path) -> None:
+    """Replaces ``path`` in one step by the file ``source``, which must be on the disk.
+
+    Both share its content where the file system has hard links, else it is copied.
+    """
+    temporary = temporary_for(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # replacing a file by itself leaves both names
+    sync(path.parent)
+
+
 def temporary_for(path: Path) -> Path:
-    """Where ``write_atomically`` prepares the content of ``path``; overwritten if a crash left it."""
+    """Where the new content of ``path`` is prepared; overwritten if a crash left it."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -13,22 +13,27 @@ from torch import Tensor
 from mlomae import checkpoint
 from mlomae.bad_samples import BadSamples
 from mlomae.build import build_levels, describe_implementations
-from mlomae.compilation import eagerly
+from mlomae.checkpoint import BackgroundWriter
+from mlomae.checkpoint_folder import Score
+from mlomae.compilation import eagerly, resolve_execution
 from mlomae.config import Config
 from mlomae.data.batches import Batch
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
-from mlomae.distributed.engine import state_shapes, weights_of
+from mlomae.distributed.agreement import Agreement
+from mlomae.distributed.ds_config import zero_stage
 from mlomae.distributed.env import World
-from mlomae.errors import UserError
-from mlomae.evaluate import evaluate_features, pixels
+from mlomae.errors import Preempted, UserError
+from mlomae.evaluate import collect_features, pixels, score_features
 from mlomae.hypergradient import MaskedBatch, Metrics
 from mlomae.levels import Level, mean_of
 from mlomae.logbook import Logbook
-from mlomae.meters import FiniteGuard, Meters
+from mlomae.meters import FiniteGuard, Meters, Scalars
 from mlomae.metrics import MetricsWriter
+from mlomae.models.mae import MaskedAutoencoder
 from mlomae.precision import resolve_precision
-from mlomae.ranges import profiled
+from mlomae.preemption import Preemption
+from mlomae.ranges import position, profiled
 from mlomae.run_dir import RunDir
 from mlomae.statistics import mask_agreement, score_statistics
 from mlomae.telemetry import Telemetry, run_telemetry
@@ -49,20 +54,32 @@ class Trainer:
     """One run: K pretrain steps → head step → mask step per outer iteration, then evaluation."""
 
     def __init__(
-        self, config: Config, run_dir: RunDir, world: World, ds_config: dict[str, Any] | None
+        self,
+        config: Config,
+        run_dir: RunDir,
+        world: World,
+        ds_config: dict[str, Any] | None,
+        preemption: Preemption | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.world = world
         self.loaders = LevelLoaders(config, world.rank, world.size, world.device)
         self.precision = resolve_precision(config.compute.precision, world.device, ds_config)
-        self.levels = build_levels(config, self.loaders, world, ds_config, self.precision)
-        self.implementations = describe_implementations(config, world, self.precision)
+        sharded = zero_stage(ds_config) == 3
+        execution = resolve_execution(config.compute.execution, world.device, sharded)
+        self.levels = build_levels(config, self.loaders, world, ds_config, self.precision, execution)
+        self.implementations = describe_implementations(config, world, self.precision, execution)
         self.telemetry: Telemetry | None = None
         self.bad_samples = BadSamples(self.loaders.ledger, run_dir.bad_samples)
+        self.preemption = preemption or Preemption()
+        self.writer = BackgroundWriter(run_dir.checkpoints, config.keep_checkpoints)
         self.meters = Meters()
+        # What tells the best checkpoint, since the last one.
+        self.scored, self.score_meter = ("loss/mask" if self.levels.mask else "loss/reconstruction"), Meters()
         self.guard = FiniteGuard()
         self.iteration = 0
+        self.saved: int | None = None
         self.seconds = 0.0
 
     def fit(self) -> dict[str, Any]:
@@ -73,6 +90,7 @@ class Trainer:
 
         Raises:
             UserError: a loss stopped being finite; the last checkpoint is kept.
+            Preempted: a signal asked to stop; what was trained is saved.
         """
         trained = self.resume() or self.precision
         if trained != self.precision:
@@ -92,20 +110,44 @@ class Trainer:
             # What lives now lives to the end: no collection has to look at it again.
             gc.collect()
             gc.freeze()
-            while self.iteration < config.iterations:
-                started = time.perf_counter()
-                masked = self.iterate(self.iteration)
-                self.iteration += 1
-                self._finish_iteration(masked, writer, logbook, started)
+            with self.preemption.deferred():
+                self._train(writer, logbook)
             return self.evaluate()
-        except (KeyboardInterrupt, UserError):
+        except (KeyboardInterrupt, UserError, Preempted):
             logbook.write_waiting()
             self.bad_samples.write_own()
             raise
         finally:
             gc.unfreeze()
+            self.writer.close()
             writer.close()
             self.loaders.close()
+
+    def _train(self, writer: MetricsWriter, logbook: Logbook) -> None:
+        """All iterations that are left; ends with everything saved."""
+        agreement = Agreement()
+        while self.iteration < self.config.iterations:
+            started = time.perf_counter()
+            masked = self.iterate(self.iteration)
+            self.iteration += 1
+            self._finish_iteration(masked, writer, logbook, started)
+            # On all ranks after the same iteration, whoever received the signal and when.
+            if agreement.anywhere(self.preemption.requested):
+                if self.saved != self.iteration:
+                    self._settle(logbook)
+                    self.save()
+                collectives.on_primary(self.writer.finish)
+                raise Preempted(
+                    f"stopped by {self.preemption.reason} after iteration {self.iteration}, which is saved; "
+                    "the same command goes on"
+                )
+        collectives.on_primary(self.writer.finish)
+
+    def _settle(self, logbook: Logbook) -> None:
+        """Before anything is written: a broken checkpoint must not replace a good one."""
+        logbook.flush()
+        self.guard.check()
+        self.bad_samples.exchange()
 
     def start_telemetry(self) -> Telemetry:
         """Measures what the device can do; figures count from here."""
@@ -120,6 +162,7 @@ class Trainer:
 
     def iterate(self, iteration: int) -> MaskedBatch:
         """One outer iteration; returns the last pretrain batch with its mask."""
+        position.begin(iteration)
         levels, unroll_steps = self.levels, self.config.pretrain.unroll_steps
         due = levels.mask is not None and levels.mask.hypergradient.due(iteration)
         steps: list[Metrics] = []
@@ -145,8 +188,10 @@ class Trainer:
                 scalars |= levels.mask.step(masked, direction, iteration)
         for name, level in levels.by_name().items():
             if f"loss/{name}" in scalars:
-                self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.weight_norm())
+                self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.engine.weight_norm())
         self.meters.add(scalars)
+        if self.scored in scalars:
+            self.score_meter.add({self.scored: scalars[self.scored]})
         return masked
 
     def _finish_iteration(
@@ -171,17 +216,14 @@ class Trainer:
         if due["log"]:
             self._log(masked, logbook)
         if due["checkpoint"] or due["picture"]:
-            # Before anything is written: a broken checkpoint must not replace a good one.
-            logbook.flush()
-            self.guard.check()
-            self.bad_samples.exchange()
+            self._settle(logbook)
         # With the waits for the device, without saving and drawing.
         spent = time.perf_counter() - started
         self.seconds += spent
         self.telemetry.waited_for_device(spent - submitted)
         if due["checkpoint"]:
             self.save()
-        if due["picture"] and self.world.primary:
+        if due["picture"]:
             self._draw()
             writer.image(done, self.run_dir.picture)
 
@@ -199,6 +241,7 @@ class Trainer:
             f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()
         }
         figures["bad_samples"] = len(self.loaders.ledger)
+        figures["skipped_steps"] = sum(level.engine.skipped_steps for level in self.levels.by_name().values())
         if self.telemetry is not None:
             figures |= self.telemetry.read()
         logbook.begin(self.iteration, {**self.meters.take(), **statistics}, frequency, figures)
@@ -210,6 +253,12 @@ class Trainer:
         return images / max(self.seconds, 1e-9)
 
     def _draw(self) -> None:
+        """Draws the mask on rank 0; called on every rank, for the weights that it lacks."""
+        autoencoder, network = self._whole_autoencoder(), None
+        if self.levels.mask is not None:
+            network = self.levels.mask.engine.whole_module()
+        if not self.world.primary:
+            return
         # Imported late: matplotlib is slow to load and only this rank needs it.
         from mlomae.preview import draw_preview
 
@@ -220,29 +269,36 @@ class Trainer:
             for channels in (loaders.mean, loaders.std)
         )
         title = f"{config.masking.policy} mask, iteration {self.iteration}"
+        policy = self.levels.pretrain.policy
         with eagerly():
-            draw_preview(self.run_dir.picture, self.levels.pretrain, images, mean, std, title)
+            draw_preview(self.run_dir.picture, autoencoder, network, policy, images, mean, std, title)
+
+    def _whole_autoencoder(self) -> MaskedAutoencoder:
+        module = self.levels.pretrain.engine.whole_module()
+        assert isinstance(module, MaskedAutoencoder)
+        return module
 
     def save(self) -> None:
-        """Writes a checkpoint and the encoder; called on every rank, written by rank 0."""
+        """Takes a checkpoint, which rank 0 writes while the training goes on; called on every rank."""
         levels = self.levels.by_name()
-        states = {name: level.engine.state_dict() for name, level in levels.items()}
-        tensors = {f"{name}.{key}": t for name, state in states.items() for key, t in state.items()}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, level in levels.items()
+            for key, tensor in level.engine.snapshot().items()
+        }
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "precision": self.precision,
             "streams": {name: level.stream.state_dict() for name, level in levels.items()},
+            "meters": self.meters.state_dict(),
         }
         if self.levels.mask is not None:
             state["hypergradient"] = self.levels.mask.hypergradient.state_dict()
-
-        def write() -> None:
-            folder, keep = self.run_dir.checkpoints, self.config.keep_checkpoints
-            checkpoint.save(folder, self.iteration, tensors, state, keep)
-            self.run_dir.write_encoder(encoder_weights(states["pretrain"]))
-
-        collectives.on_primary(write)
+        scalars = self.score_meter.take()
+        score = Score(self.scored, Scalars(scalars).read()[self.scored]) if scalars else None
+        collectives.on_primary(lambda: self.writer.submit(self.iteration, tensors, state, score))
+        self.saved = self.iteration
 
     def resume(self) -> str | None:
         """Continues from the newest intact checkpoint of the run directory, if there is one.
@@ -250,39 +306,36 @@ class Trainer:
         Returns:
             The precision in which it was trained; None where there is none, or where it does not tell.
         """
-        loaded = checkpoint.latest(self.run_dir.checkpoints)
-        step = None if loaded is None else loaded.step
-        if step != (agreed := collectives.broadcast_object(step)):
-            raise UserError(
-                f"run_dir {self.run_dir.path}: rank {self.world.rank} finds checkpoint {step}, rank 0 finds "
-                f"{agreed}; all ranks need the same file system"
-            )
-        if loaded is None:
+        path = checkpoint.newest(self.run_dir.checkpoints) if self.world.primary else None
+        path = collectives.broadcast_object(path)
+        if path is None:
             return None
-        levels = self.levels.by_name()
-        checkpoint.match(loaded, self._expected_shapes())
-        for name, level in levels.items():
-            prefix = f"{name}."
-            level.engine.load_state_dict(
-                {key.removeprefix(prefix): t for key, t in loaded.tensors.items() if key.startswith(prefix)}
+        if not path.is_dir():
+            raise UserError(
+                f"run_dir {self.run_dir.path}: rank {self.world.rank} does not find {path.name}, "
+                "which rank 0 finds; all ranks need the same file system"
             )
-            level.stream.load_state_dict(loaded.state["streams"][name])
-        if self.levels.mask is not None and "hypergradient" in loaded.state:
-            self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
-        self.iteration = loaded.state["iteration"]
-        self.seconds = loaded.state["seconds"]
-        return loaded.state.get("precision")
-
-    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
+        loaded = checkpoint.read(path)
+        levels = self.levels.by_name()
+        expected = {
             f"{name}.{key}": shape
-            for name, level in self.levels.by_name().items()
-            for key, shape in state_shapes(level.engine.module).items()
+            for name, level in levels.items()
+            for key, shape in level.engine.shapes().items()
         }
+        checkpoint.match(loaded, expected)
+        for name, level in levels.items():
+            level.engine.load_state_dict(loaded.part(name))
+            level.stream.load_state_dict(loaded.state["streams"][name])
+        if self.levels.mask is not None:
+            self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
+        self.meters.load_state_dict(loaded.state["meters"], self.world.device)
+        self.iteration = self.saved = loaded.state["iteration"]
+        self.seconds = loaded.state["seconds"]
+        return loaded.state["precision"]
 
     def evaluate(self) -> dict[str, Any]:
         """Scores the encoder on the test set and writes ``result.json``; called on every rank."""
-        encoder, pool = self.levels.pretrain.autoencoder.encoder, self.config.model.pool
+        encoder, pool = self._whole_autoencoder().encoder, self.config.model.pool
 
         def encode(images: Tensor) -> Tensor:
             with eagerly():
@@ -295,19 +348,19 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
+        features = {}
         if self.loaders.num_classes is not None:
             encoders = {"": encode} | ({"pixel_": pixels} if self.config.eval.pixels else {})
-            result |= evaluate_features(encoders, self.loaders, self.config, self.world)
+            features = {
+                prefix: collect_features(encode, self.loaders, self.world)
+                for prefix, encode in encoders.items()
+            }
         self.bad_samples.exchange()
-        result["bad_samples"] = len(self.loaders.ledger)
+        # From here on rank 0 is on its own: others would wait for it in vain.
         if not self.world.primary:
             return {}
+        for prefix, parts in features.items():
+            result |= score_features(parts, prefix, self.config.eval.knn_k)
+        result["bad_samples"] = len(self.loaders.ledger)
         self.run_dir.write_result(result)
         return result
-
-
-def encoder_weights(pretrain_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's timm state dict out of the pretrain engine's."""
-    prefix = "encoder."
-    weights = weights_of(pretrain_state)
-    return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}

@@ -150,7 +150,7 @@ def test_recipes_that_cannot_be_read_are_named(tmp_path: Path, refuse: Refuse) -
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
         ({"bf16": {"enabled": True}}, "bf16 would cast the weights"),
         ({"zero_optimisation": {}}, "unknown key zero_optimisation"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, supported are 0, 1 and 2"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4, supported are 0, 1, 2 and 3"),
         (None, "cannot be read (No such file or directory)"),
     ],
 )

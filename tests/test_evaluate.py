@@ -11,17 +11,17 @@ import sklearn.linear_model
 import torch
 from torch import Tensor
 
-from mlomae.config import Config
 from mlomae.data.batches import Batch
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 from mlomae.evaluate import (
     PROBE_STRENGTHS,
     FeatureSet,
-    evaluate_features,
+    collect_features,
     knn_accuracy,
     linear_accuracy,
     pixels,
+    score_features,
 )
 
 CLASSES, DIM = 4, 6
@@ -122,7 +122,8 @@ def _evaluate(world: World, seen: list[int]) -> dict[str, float] | None:
         return pixels(images)
 
     loaders: Any = _Loaders()
-    return evaluate_features({"": encode}, loaders, Config(), world)
+    parts = collect_features(encode, loaders, world)
+    return score_features(parts, "", k=5) if parts else {}
 
 
 def test_two_ranks_share_the_work_and_find_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +154,7 @@ def test_features_are_taken_without_a_graph() -> None:
         return features
 
     loaders: Any = _Loaders()
-    evaluate_features({"": encode}, loaders, Config(), World(0, 1, CPU))
+    collect_features(encode, loaders, World(0, 1, CPU))
     assert modes and not any(modes)
 
 

@@ -14,7 +14,7 @@ import mlomae_kernels
 from mlomae import preview
 from mlomae.config import Config
 from mlomae.distributed.engine import TorchEngine
-from mlomae.levels import PretrainLevel
+from mlomae.levels import PretrainLevel, mask_scores
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
@@ -46,12 +46,16 @@ def _images() -> Tensor:
     return (torch.rand(IMAGES, 3, 8, 12) - MEAN) / STD
 
 
+def draw(level: PretrainLevel, path: Path, images: Tensor, title: str) -> None:
+    draw_preview(path, level.autoencoder, level.masking_network, level.policy, images, MEAN, STD, title)
+
+
 def _drawn(level: PretrainLevel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """What would be painted, by column."""
     names = ("path", "input", "probability", "mask", "reconstruction")
     seen: dict[str, Any] = {}
     monkeypatch.setattr(preview, "mask_picture", lambda *given: seen.update(zip(names, given, strict=False)))
-    draw_preview(Path("unused.png"), level, images, MEAN, STD, "title")
+    draw(level, Path("unused.png"), images, "title")
     return seen
 
 
@@ -60,7 +64,7 @@ def test_a_readable_picture_is_written(policy: str, tmp_path: Path) -> None:
     level = _level(policy)
     before = {name: value.clone() for name, value in level.autoencoder.state_dict().items()}
     path = tmp_path / "mask.png"
-    draw_preview(path, level, _images(), MEAN, STD, f"{policy} mask")
+    draw(level, path, _images(), f"{policy} mask")
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert min(image.size) > 100
@@ -88,7 +92,7 @@ def test_inputs_are_shown_as_they_were_before_normalisation(monkeypatch: pytest.
 def test_learned_mask_is_shown_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     level, images = _level("learned"), _images()
     drawn = _drawn(level, images, monkeypatch)
-    _, scores = level.score(images)
+    _, scores = mask_scores(level.autoencoder, level.masking_network, images)
     assert scores is not None
     torch.testing.assert_close(drawn["probability"], scores.sigmoid())
     threshold = scores.sort(dim=1).values[:, 5:6]
@@ -98,7 +102,7 @@ def test_learned_mask_is_shown_without_noise(monkeypatch: pytest.MonkeyPatch) ->
 def test_weighted_random_shows_learned_weights_and_a_random_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     level, images = _level("weighted-random"), _images()
     drawn = _drawn(level, images, monkeypatch)
-    _, scores = level.score(images)
+    _, scores = mask_scores(level.autoencoder, level.masking_network, images)
     assert scores is not None
     torch.testing.assert_close(drawn["probability"], scores.sigmoid())
     expected = level.policy.select(None, IMAGES, 0, 0, images.device).mask

@@ -23,6 +23,16 @@ def is_primary() -> bool:
     return not _active() or dist.get_rank() == 0
 
 
+def rank() -> int:
+    """This rank, 0 for one alone."""
+    return dist.get_rank() if _active() else 0
+
+
+def num_ranks() -> int:
+    """How many there are."""
+    return dist.get_world_size() if _active() else 1
+
+
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The mean over ranks of each tensor, in place where the tensor allows it.
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlomae.distributed import collectives
-from mlomae.distributed.ds_config import merge
-from mlomae.distributed.engine import MOMENTS, build_adamw, set_lr, trainable, weights_of
+from mlomae.distributed.ds_config import merge, zero_stage
+from mlomae.distributed.engine import (
+    MOMENTS,
+    build_adamw,
+    load_moments,
+    load_weights,
+    set_lr,
+    state_shapes,
+    trainable,
+)
 from mlomae.distributed.env import World
 from mlomae.distributed.recorder import StepCounter, StepRecord, StepRecorder
+from mlomae.distributed.shards import fill_shard, gather_shard, host_copies
 from mlomae.distributed.zero import PartitionedShardSpace, ReplicatedShardSpace, ShardSpace
 from mlomae.errors import UserError
-from mlomae.mlo.space import TensorSpace, WeightSpace
+from mlomae.mlo.space import TensorSpace, WeightSpace, global_norm
 from mlomae.sections import LevelConfig
 
 
@@ -59,11 +71,18 @@ class DeepSpeedEngine:
         world: World,
         micro_batches: int = 1,
     ) -> None:
-        deepspeed = _import_deepspeed(world.device)
+        self._deepspeed = deepspeed = _import_deepspeed(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False)
         full = merge(ds_config, config, world.size, micro_batches)
         _check(deepspeed, full)
+        self._stage = zero_stage(ds_config)
+        self._shapes = state_shapes(module)
+        self._blank: nn.Module | None = None
+        if self._stage == 3:
+            self._blank = _blank_copy(module)
+            # A block's weights are gathered in one collective, and stay while its lean parts read them.
+            deepspeed.utils.set_z3_leaf_modules(module, [Block], raise_if_not_found=False)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(module, config), config=full, dist_init_required=False
         )
@@ -74,11 +93,10 @@ class DeepSpeedEngine:
         self.module = module
         self.grad_norm: Tensor | float | None = None
         self._clip = config.clip
-        self._fragments = deepspeed.utils
-        self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self._skipped = 0
         precision = ds_config.get("torch_autocast", {})
         self._autocast = bool(precision.get("enabled"))
-        self._device_type = world.device.type
+        self._device = world.device
         self._counter = StepCounter(self._base_optimizer)
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -97,6 +115,10 @@ class DeepSpeedEngine:
             # DeepSpeed reports no norm for ZeRO 0; the gradients are whole and averaged by now.
             gradients = [parameter.grad for _, parameter in trainable(self.module)]
             self.grad_norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+            if not self.grad_norm.isfinite():
+                # As DeepSpeed does under ZeRO 1-3; without gradients its step only counts.
+                self._skipped += 1
+                self._engine.zero_grad()
         self._engine.step()
         if self._stage:
             self.grad_norm = self._engine.get_global_grad_norm()
@@ -120,36 +142,77 @@ class DeepSpeedEngine:
         return kind(self._engine, self.module, prefix)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device_type, torch.bfloat16) if self._autocast else nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
-        base = self._base_optimizer
-        steps = [moments["step"] for moments in base.state.values() if "step" in moments]
-        if not steps:
-            return {**state, "step": torch.zeros(())}
-        self._link_moments()
-        for name, parameter in trainable(self.module):
-            for key in MOMENTS:
-                state[f"{key}.{name}"] = self._moment(parameter, key)
-        return {**state, "step": steps[0].detach().cpu()}
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps) + self._skipped
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(weights_of(state))
+    def snapshot(self) -> dict[str, Tensor]:
+        base, step = self._base_optimizer, torch.zeros(())
         if self._stage:
-            for _, parameter in self.module.named_parameters():
-                self._fragments.safe_set_full_fp32_param(parameter, parameter.detach())
+            space = self._shard_space("")
+            weights, moments = space.snapshot(), {}
+            for target, pieces in zip(space.stepped(), space.pieces(), strict=True):
+                for key in MOMENTS if target in base.state else ():
+                    whole = gather_shard(base.state[target][key], pieces, self._device)
+                    moments.update({f"{key}.{name}": moment for name, moment in whole.items()})
+        else:
+            weights = host_copies(self.module.state_dict(), self._device)
+            moments = host_copies(
+                {
+                    f"{key}.{name}": base.state[parameter][key]
+                    for name, parameter in trainable(self.module)
+                    for key in (MOMENTS if parameter in base.state else ())
+                },
+                self._device,
+            )
+        if not collectives.is_primary():
+            return {}
+        for state in base.state.values():
+            step = state["step"].detach().to("cpu", copy=True)
+        return {**{f"weight.{name}": weight for name, weight in weights.items()}, **moments, "step": step}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._counter.restart(int(state["step"]))
-        self._allocate_moments(state["step"])
+        base = self._base_optimizer
+        if not self._stage:
+            load_weights(self.module, state)
+            load_moments(base, dict(trainable(self.module)), state)
+            return
+        space = self._shard_space("")
+        space.load(state)
+        base.state.clear()
+        # DeepSpeed keeps views of the moments that it had.
+        self._engine.optimizer._hp_optimizer_states_linked = False
         if not state["step"]:
             return
-        for name, parameter in trainable(self.module):
-            for key in MOMENTS:
-                value = state[f"{key}.{name}"].to(parameter)
-                if self._stage:
-                    self._fragments.safe_set_full_optimizer_state(parameter, value, key)
-                else:
-                    self._base_optimizer.state[parameter][key].copy_(value)
+        for target, pieces in zip(space.stepped(), space.pieces(), strict=True):
+            moments = {key: torch.empty_like(target) for key in MOMENTS}
+            for key, moment in moments.items():
+                fill_shard(moment, pieces, state, f"{key}.")
+            base.state[target] = {"step": state["step"].to(target.device, copy=True), **moments}
+
+    def whole_module(self) -> nn.Module:
+        if self._blank is None:
+            return self.module
+        whole: dict[int, nn.Parameter] = {}
+        gathered = dict(self.module.named_parameters())
+        for name, blank in self._blank.named_parameters():
+            with self._deepspeed.zero.GatheredParameters([gathered[name]]):
+                value = gathered[name].detach().clone()
+            whole[id(blank)] = nn.Parameter(value, blank.requires_grad)
+        copied: nn.Module = copy.deepcopy(self._blank, whole)
+        return copied
+
+    def weight_norm(self) -> Tensor:
+        if self._stage == 3:
+            return self._shard_space("").scale()
+        return global_norm([parameter for _, parameter in trainable(self.module)])
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
@@ -158,27 +221,12 @@ class DeepSpeedEngine:
         )
         return optimizer
 
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self._stage:
-            moment: Tensor = self._fragments.safe_get_full_optimizer_state(parameter, key)
-            return moment
-        return self._base_optimizer.state[parameter][key]
 
-    def _allocate_moments(self, step: Tensor) -> None:
-        """Creates the optimizer state that DeepSpeed would create at the first step."""
-        for group in self._base_optimizer.param_groups:
-            for flat in group["params"]:
-                self._base_optimizer.state[flat] = {
-                    "step": step.to(flat.device, copy=True),
-                    **{key: torch.zeros_like(flat) for key in MOMENTS},
-                }
-        self._link_moments()
-
-    def _link_moments(self) -> None:
-        """Lets ``safe_get/set_full_optimizer_state`` find the moments of every parameter group.
-
-        DeepSpeed links them once, after the first group's first step, when the later groups have none.
-        """
-        if self._stage:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+def _blank_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module whose parameters have no memory."""
+    blanks = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    copied: nn.Module = copy.deepcopy(module, blanks)
+    return copied

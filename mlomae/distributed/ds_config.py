@@ -36,7 +36,7 @@ PRECISION_HINT = (
     "would cast the weights, which swallows the finite-difference perturbation; "
     'use "torch_autocast": {"enabled": true, "dtype": "bfloat16"}, which keeps them float32'
 )
-SUPPORTED_STAGES = (0, 1, 2)
+SUPPORTED_STAGES = (0, 1, 2, 3)
 # DeepSpeed's default, and the class that stands for the first of them in the autoencoder.
 _SAFE_MODULES = [
     "torch.nn.modules.linear.Linear",
@@ -80,6 +80,12 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def zero_stage(ds_config: dict[str, Any] | None) -> int:
+    """Stage of a checked configuration; 0 for plain torch."""
+    stage: int = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
+    return stage
+
+
 def merge(
     ds_config: dict[str, Any], level: LevelConfig, world_size: int, micro_batches: int = 1
 ) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def merge(
 def _check_zero(section: dict[str, Any], where: str) -> None:
     stage = section.get("stage", 0)
     if stage not in SUPPORTED_STAGES or isinstance(stage, bool):
-        raise UserError(f"{where}: zero_optimization.stage is {stage!r}, supported are 0, 1 and 2")
+        raise UserError(f"{where}: zero_optimization.stage is {stage!r}, supported are 0, 1, 2 and 3")
     for key in ("offload_optimizer", "offload_param"):
         if key in section:
             raise UserError(f"{where}: zero_optimization.{key} is not supported; remove it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mlomae.distributed import collectives
 from mlomae.distributed.recorder import StepCounter, StepRecord, StepRecorder
-from mlomae.mlo.space import TensorSpace, WeightSpace
+from mlomae.distributed.shards import host_copies
+from mlomae.mlo.space import TensorSpace, WeightSpace, global_norm
 from mlomae.sections import LevelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,6 +28,7 @@ class Engine(Protocol):
         module: the bare module, for evaluations outside the level's own step. Gradients taken
             through it are this rank's alone.
         grad_norm: norm of the last step's gradient before clipping, None before the first.
+        skipped_steps: steps that were not taken because a gradient was not finite.
     """
 
     module: nn.Module
@@ -34,6 +36,10 @@ class Engine(Protocol):
     @property
     def grad_norm(self) -> Tensor | float | None:
         """See above; a property, so that an engine may promise less."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """See above."""
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The module's output in the engine's precision, for a loss given to ``descend``."""
@@ -57,11 +63,32 @@ class Engine(Protocol):
     def autocast(self) -> AbstractContextManager[Any]:
         """A fresh context with the engine's precision, for evaluations through ``module``."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights and optimizer state as full tensors by name, independent of sharding."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """Weights and optimizer state as whole tensors by name on rank 0, {} on the others.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what ``state_dict`` returned, on any number of ranks."""
+        They lie in host memory that nobody changes: training may go on while they are written. Names are
+        ``weight.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``step``, whatever is sharded; the
+        moments are missing before the first step.
+        """
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what ``snapshot`` holds once a step was taken."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores a ``snapshot``, taken by any engine on any number of ranks.
+
+        Args:
+            state: on every rank; read one tensor at a time, which it may load when asked.
+        """
+
+    def whole_module(self) -> nn.Module:
+        """The module with all weights on every rank, for what is more than a forward pass.
+
+        ``module`` itself, or a copy of it without hooks where its weights are sharded.
+        """
+
+    def weight_norm(self) -> Tensor:
+        """Norm of all trainable weights, 0-dim; not finite once a step has broken them."""
 
 
 def build_adamw(module: nn.Module, config: LevelConfig) -> torch.optim.AdamW:
@@ -109,7 +136,8 @@ class TorchEngine:
         self.clip = config.clip
         self.mixed = mixed
         self.grad_norm: Tensor | None = None
-        self._parameters = [parameter for _, parameter in trainable(module)]
+        self.skipped_steps = 0
+        self._parameters: list[Tensor] = [parameter for _, parameter in trainable(module)]
 
     def __call__(self, *inputs: Any) -> Tensor:
         with self.autocast():
@@ -147,7 +175,7 @@ class TorchEngine:
             return nullcontext()
         return torch.autocast(self._parameters[0].device.type, torch.bfloat16)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def snapshot(self) -> dict[str, Tensor]:
         state = {f"weight.{name}": value for name, value in self.module.state_dict().items()}
         step = torch.zeros(())
         for name, parameter in trainable(self.module):
@@ -155,32 +183,54 @@ class TorchEngine:
             if moments:
                 step = moments["step"]
                 state.update({f"{key}.{name}": moments[key] for key in MOMENTS})
-        return {**state, "step": step.cpu()}
+        return host_copies({**state, "step": step}, self._parameters[0].device)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.module.load_state_dict(weights_of(state))
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return state_shapes(self.module)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        load_weights(self.module, state)
         self._counter.restart(int(state["step"]))
-        if not state["step"]:
-            self.optimizer.state.clear()
-            return
-        for name, parameter in trainable(self.module):
-            self.optimizer.state[parameter] = {
-                "step": state["step"].to(parameter.device, copy=True),
-                **{key: state[f"{key}.{name}"].to(parameter, copy=True) for key in MOMENTS},
-            }
+        load_moments(self.optimizer, dict(trainable(self.module)), state)
+
+    def whole_module(self) -> nn.Module:
+        return self.module
+
+    def weight_norm(self) -> Tensor:
+        return global_norm(self._parameters)
 
 
 def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what an engine's ``state_dict`` holds once it has taken a step."""
+    """``Engine.shapes`` of an engine with this module, before anything is sharded."""
     shapes = {f"weight.{name}": tuple(value.shape) for name, value in module.state_dict().items()}
     for name, parameter in trainable(module):
         shapes |= {f"{key}.{name}": tuple(parameter.shape) for key in MOMENTS}
     return {**shapes, "step": ()}
 
 
-def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The module's own state dict out of an engine's."""
-    return {name.removeprefix("weight."): t for name, t in state.items() if name.startswith("weight.")}
+@torch.no_grad()
+def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies the weights and buffers of a snapshot into a module whose weights are whole."""
+    for name, value in module.state_dict().items():
+        value.copy_(state[f"weight.{name}"])
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Replaces AdamW's state by a snapshot's.
+
+    Args:
+        parameters: whole, by name.
+    """
+    optimizer.state.clear()
+    if not state["step"]:
+        return
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            "step": state["step"].to(parameter.device, copy=True),
+            **{key: state[f"{key}.{name}"].to(parameter, copy=True) for key in MOMENTS},
+        }
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,9 +1,10 @@
-"""Ranks and devices, from the environment that torchrun and the deepspeed launcher set."""
+"""Ranks and devices, from the environment that torchrun, the deepspeed launcher or srun set."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,8 +15,10 @@ import torch.distributed as dist
 
 from mlomae.errors import UserError
 
-# Collectives that take longer mean that a rank is gone; the default of 30 minutes hides it.
-TIMEOUT = timedelta(minutes=10)
+# By which a collective outlives the watchdog's patience (``mlomae.distributed.watchdog``), which names the rank.
+GRACE = 60.0
+# Ports of runs under Slurm that name none: from here on, by job and step.
+_FIRST_PORT, _NUM_PORTS = 20000, 10000
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -34,12 +37,13 @@ class World:
         return self.rank == 0
 
 
-def join_world(device: str, always_group: bool = False) -> World:
+def join_world(device: str, always_group: bool = False, patience: float = 1800.0) -> World:
     """Reads the launcher's variables and joins the process group; one process needs neither.
 
     Args:
         device: auto, cpu or cuda.
         always_group: a process on its own joins a group too (DeepSpeed needs one).
+        patience: seconds after which somebody else gives up waiting for a rank; collectives wait longer.
 
     Raises:
         UserError: cuda is asked for and absent, or the launcher's variables are wrong or incomplete.
@@ -47,12 +51,16 @@ def join_world(device: str, always_group: bool = False) -> World:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("device: cuda asked for, but torch sees no GPU; use auto or cpu")
+    under_slurm = _adopt_slurm_step()
     rank, size, local_rank = _integer("RANK", 0), _integer("WORLD_SIZE", 1), _integer("LOCAL_RANK", 0)
     if rank >= size:
         raise UserError(f"environment variable RANK: found {rank}, expected less than WORLD_SIZE ({size})")
     target = torch.device("cpu")
     if available and device != "cpu":
         count = torch.cuda.device_count()
+        if under_slurm and count == 1:
+            # Slurm has bound a GPU to each task, which sees no other.
+            os.environ["LOCAL_RANK"], local_rank = "0", 0
         if local_rank >= count:
             raise UserError(
                 f"environment variable LOCAL_RANK: found {local_rank}, but there are {count} GPUs here; "
@@ -63,8 +71,44 @@ def join_world(device: str, always_group: bool = False) -> World:
     if target.type == "cpu":
         _keep_freed_memory()
     if (size > 1 or always_group) and not dist.is_initialized():
-        _join_group("nccl" if target.type == "cuda" else "gloo", rank, size)
+        _join_group("nccl" if target.type == "cuda" else "gloo", rank, size, patience + GRACE)
     return World(rank, size, target)
+
+
+def _adopt_slurm_step() -> bool:
+    """Where srun started this process and no other launcher did: srun's variables under torch's names.
+
+    The batch script itself is no task of a step, and has no step's number of tasks.
+    """
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
+        return False
+    size = _integer("SLURM_STEP_NUM_TASKS", 1)
+    variables = {
+        "RANK": str(_integer("SLURM_PROCID", 0)),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(_integer("SLURM_LOCALID", 0)),
+    }
+    if size > 1:
+        offset = 101 * _integer("SLURM_JOB_ID", 0) + _integer("SLURM_STEP_ID", 0)
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "")))
+        os.environ.setdefault("MASTER_PORT", str(_FIRST_PORT + offset % _NUM_PORTS))
+    os.environ.update(variables)
+    return True
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's compact list: ``gpu[03-05,9]-a,login1`` → ``gpu03-a``.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = re.match(r"([^,\[]*)(?:\[([^],-]+)[^]]*\]([^,]*))?", nodes)
+    host = "".join(part for part in found.groups() if part) if found else ""
+    if not host:
+        raise UserError(
+            f"environment variable SLURM_STEP_NODELIST: found {nodes!r}, expected a list of nodes"
+        )
+    return host
 
 
 def _keep_freed_memory() -> None:
@@ -83,7 +127,7 @@ def _keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def _join_group(backend: str, rank: int, size: int) -> None:
+def _join_group(backend: str, rank: int, size: int, timeout: float) -> None:
     if size == 1:
         # Nobody to meet: no port, and no launcher whose variables DeepSpeed insists on.
         os.environ.setdefault("LOCAL_RANK", "0")
@@ -94,9 +138,9 @@ def _join_group(backend: str, rank: int, size: int) -> None:
     if missing:
         raise UserError(
             f"environment variable {missing[0]}: missing with WORLD_SIZE={size}; "
-            "start with torchrun or deepspeed"
+            "start with torchrun, deepspeed or srun"
         )
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
 def leave_world() -> None:

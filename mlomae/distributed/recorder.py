@@ -94,7 +94,9 @@ class StepRecorder:
             return StepRecord(self._point, None)
         slope = [self._slopes[id(t)] if id(t) in self._slopes else torch.zeros_like(t) for t in self._targets]
         if clip and grad_norm is not None:
-            torch._foreach_mul_(slope, (clip / (torch.as_tensor(grad_norm) + 1e-6)).clamp(max=1.0))
+            factor = (clip / (torch.as_tensor(grad_norm) + 1e-6)).clamp(max=1.0)
+            # Offloaded slopes lie in host memory.
+            torch._foreach_mul_(slope, factor.to(slope[0].device))
         return StepRecord(self._point, slope)
 
     def _point(self) -> list[Tensor]:

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from timm.layers.mlp import Mlp
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import mlomae_kernels
 from mlomae.models.attention import PackedAttention
+from mlomae.models.blocks import TransformerBlock, recomputed
 
 # (embed_dim, depth, num_heads); all but the two smallest are timm's sizes of that name.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -59,6 +57,7 @@ class ViTEncoder(VisionTransformer):
             num_heads=num_heads,
             weight_init="skip",
             attn_layer=PackedAttention,
+            block_fn=TransformerBlock,
         )
         self.pos_embed.requires_grad_(False)
         self.pos_embed.copy_(sincos_positions(self.patch_embed.grid_size, embed_dim, prefix=1))
@@ -91,66 +90,22 @@ class ViTEncoder(VisionTransformer):
         if pool is None:
             return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
         *blocks, last = self.blocks
-        x = run_blocks(blocks, x, self.grad_checkpointing, lean_block)
+        x = run_blocks(blocks, x, self.grad_checkpointing, lean=True)
         # Where the class token alone is read, the last block computes nothing else.
-        x = lean_block(last, x, queries=1 if pool == "cls" else None)
+        x = last(x, lean=True, queries=1 if pool == "cls" else None)
         return pool_features(self.norm(x), pool)
 
 
-def run_blocks(
-    blocks: Iterable[nn.Module],
-    x: Tensor,
-    checkpointing: bool,
-    run: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block(x),
-) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool, lean: bool = False) -> Tensor:
     """Tokens [B, N, D] through blocks of one width.
 
     Args:
         checkpointing: keep each block's input only and compute it again in the backward pass.
-        run: one block.
+        lean: see ``TransformerBlock``.
     """
     for block in blocks:
-        x = _recomputed(partial(run, block), x) if checkpointing else run(block, x)
+        x = recomputed(partial(block, lean=lean), x) if checkpointing else block(x, lean=lean)
     return x
-
-
-def lean_block(block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:
-    """A transformer block that keeps 10 numbers per token and channel for its backward pass instead of 16.
-
-    The inputs of its linear layers are cheap functions (normalisation, GELU) of what is kept anyway and
-    are computed again.
-
-    Args:
-        block: timm's, without drop path and layer scale.
-        x: [B, N, D].
-        queries: the first tokens, which are computed; None for all.
-
-    Returns:
-        [B, queries or N, D].
-    """
-    assert isinstance(block, Block) and isinstance(block.attn, PackedAttention)
-    attention, mlp = block.attn, block.mlp
-    assert isinstance(mlp, Mlp)
-    qkv = _recomputed(lambda x: _plain_linear(attention.qkv, block.norm1(x)), x)
-    x = x[:, :queries] + attention.attend(qkv, queries)
-    hidden = _recomputed(lambda x: _plain_linear(mlp.fc1, block.norm2(x)), x)
-    return x + _recomputed(lambda hidden: _plain_linear(mlp.fc2, mlp.act(hidden)), hidden)
-
-
-def _plain_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """torch's own product. It saves its input before it multiplies, where recomputation stops: the product of
-    ``mlomae_kernels.linear``, a Python function of autograd's, would be taken a second time.
-    """
-    assert isinstance(layer, nn.Linear)
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, of which the backward pass keeps ``x`` only."""
-    if not torch.is_grad_enabled():
-        return function(x)
-    result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-    return result
 
 
 def pool_features(tokens: Tensor, pool: str) -> Tensor:

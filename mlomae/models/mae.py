@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import mlomae_kernels
 from mlomae.models.attention import PackedAttention, set_attention
+from mlomae.models.blocks import PredictionBlock, TransformerBlock
 from mlomae.models.encoder import ViTEncoder, init_linear, run_blocks, sincos_positions
 from mlomae.models.linear import replace_linear_layers
 from mlomae.models.selection import PatchSelection
@@ -31,9 +31,9 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(config.grid, width, prefix=1), requires_grad=False)
+        kinds = [TransformerBlock] * (config.decoder_depth - 1) + [PredictionBlock]
         self.blocks = nn.ModuleList(
-            Block(width, config.decoder_heads, qkv_bias=True, attn_layer=PackedAttention)
-            for _ in range(config.decoder_depth)
+            kind(width, config.decoder_heads, qkv_bias=True, attn_layer=PackedAttention) for kind in kinds
         )
         # By timm's name for it.
         self.grad_checkpointing = False
@@ -57,14 +57,7 @@ class Decoder(nn.Module):
         """
         x = mlomae_kernels.patch_scatter(self.embed(latent), self.mask_token, ids_restore, self.pos_embed)
         x = run_blocks(self.blocks[:-1], x, self.grad_checkpointing)
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
-        x = x + last.attn(last.norm1(x))
-        x = x[:, 1:]
-        if ids_removed is not None:
-            x = mlomae_kernels.patch_gather(x, None, ids_removed, None)
-        x = x + last.mlp(last.norm2(x))
-        return self.pred(self.norm(x))
+        return self.pred(self.norm(self.blocks[-1](x, ids_removed)))
 
 
 class MaskedAutoencoder(nn.Module):

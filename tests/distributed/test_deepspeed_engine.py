@@ -39,15 +39,11 @@ def ds_engine(name: str, rates: LevelConfig, world: World) -> DeepSpeedEngine:
     return DeepSpeedEngine(fresh_model(), rates, load_ds_config(DS_CONFIGS / name), world)
 
 
-def snapshot(engine: Engine) -> State:
-    return {name: value.detach().clone() for name, value in engine.state_dict().items()}
-
-
 def _train_everywhere() -> Results:
     world = join_world("cpu", always_group=True)
     results: Results = {}
     for label, rates in RATES.items():
-        start = snapshot(TorchEngine(fresh_model(), rates))
+        start = TorchEngine(fresh_model(), rates).snapshot()
         middle, _ = _halves(TorchEngine(fresh_model(), rates), rates)
         for stage in STAGES:
             engine = ds_engine(f"zero{stage}.json", rates, world)
@@ -55,7 +51,7 @@ def _train_everywhere() -> Results:
             losses = run_engine(engine, rates)
             results[label, stage] = {
                 "losses": losses,
-                "state": snapshot(engine),
+                "state": engine.snapshot(),
                 "norms": (norm_before, float(engine.grad_norm or 0)),
                 "moved": _continue_from(middle, ds_engine(f"zero{stage}.json", rates, world), rates),
                 "rewound": _continue_from(start, engine, rates, 0),
@@ -72,9 +68,9 @@ def _train_everywhere() -> Results:
 
 def _halves(engine: Engine, rates: LevelConfig) -> tuple[State, State]:
     run_engine(engine, rates, 0, HALF)
-    middle = snapshot(engine)
+    middle = engine.snapshot()
     run_engine(engine, rates, HALF, STEPS - HALF)
-    return middle, snapshot(engine)
+    return middle, engine.snapshot()
 
 
 def _train_in_parts(engine: Engine) -> State:
@@ -85,15 +81,15 @@ def _train_in_parts(engine: Engine) -> State:
         for part, labels in parts:
             engine.accumulate(4 * F.cross_entropy(engine(part), labels))
         engine.descend(4 * F.cross_entropy(engine(last[0]), last[1]), rate(step, rates))
-    return snapshot(engine)
+    return engine.snapshot()
 
 
 def _continue_from(state: State, engine: Engine, rates: LevelConfig, step: int = HALF) -> Results:
     """Loads a state, reads it back, and trains on."""
     engine.load_state_dict(state)
-    loaded = snapshot(engine)
+    loaded = engine.snapshot()
     losses = run_engine(engine, rates, step, STEPS - step)
-    return {"loaded": loaded, "losses": losses, "state": snapshot(engine)}
+    return {"loaded": loaded, "losses": losses, "state": engine.snapshot()}
 
 
 def _train_in_bfloat16(world: World) -> Results:
@@ -105,7 +101,7 @@ def _train_in_bfloat16(world: World) -> Results:
     return {
         "passes": (engine(x).dtype, inside, engine.module(x).dtype),
         "losses": run_engine(engine, rates),
-        "state": snapshot(engine),
+        "state": engine.snapshot(),
     }
 
 
@@ -129,7 +125,7 @@ def expected() -> dict[str, tuple[list[float], State, State, float]]:
         engine = TorchEngine(fresh_model(), rates)
         middle, _ = _halves(engine, rates)
         losses = run_engine(TorchEngine(fresh_model(), rates), rates)
-        references[label] = (losses, middle, snapshot(engine), float(engine.grad_norm or 0))
+        references[label] = (losses, middle, engine.snapshot(), float(engine.grad_norm or 0))
     return references
 
 

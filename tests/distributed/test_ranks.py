@@ -15,12 +15,12 @@ from mlomae.distributed.ds_config import load_ds_config
 from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import World, join_world
 from mlomae.hypergradient import MaskedBatch
-from mlomae.levels import parameters_of
 from mlomae.meters import Scalars
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.integration.tiny import TrainOnly, read_metrics, tiny_config, train, without_pictures
+from tests.mlo.problem import parameters_of
 
 pytestmark = pytest.mark.dist
 

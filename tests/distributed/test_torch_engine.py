@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mlomae.distributed.engine import TorchEngine, build_adamw, state_shapes, weights_of
+from mlomae.distributed.engine import TorchEngine, build_adamw
 from mlomae.sections import LevelConfig
 from tests.distributed.problem import Model, batches, fresh_model, rate, run_engine
 
@@ -82,35 +82,35 @@ def test_a_restored_engine_continues_bit_for_bit() -> None:
     config = LevelConfig(lr=0.05, clip=0.1)
     engine = TorchEngine(fresh_model(), config)
     run_engine(engine, config, 0, 3)
-    state = {name: value.clone() for name, value in engine.state_dict().items()}
+    state = engine.snapshot()
     expected = run_engine(engine, config, 3, 5)
 
     # Another history before: nothing of it may be left.
     other = TorchEngine(Model(), config)
     run_engine(other, config, 0, 2)
     other.load_state_dict(state)
-    assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())
+    assert all(torch.equal(other.snapshot()[name], value) for name, value in state.items())
     assert run_engine(other, config, 3, 5) == expected
-    for name, value in engine.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
+    for name, value in engine.snapshot().items():
+        assert torch.equal(other.snapshot()[name], value), name
 
 
 def test_a_loaded_state_is_not_shared() -> None:
     config = LevelConfig(lr=0.05)
     engine, other = TorchEngine(fresh_model(), config), TorchEngine(fresh_model(), config)
     run_engine(engine, config, 0, 2)
-    other.load_state_dict(engine.state_dict())
-    before = {name: value.clone() for name, value in engine.state_dict().items()}
+    other.load_state_dict(engine.snapshot())
+    before = engine.snapshot()
 
     run_engine(other, config, 2, 2)
 
-    assert all(torch.equal(engine.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(engine.snapshot()[name], value) for name, value in before.items())
 
 
 def test_the_state_before_the_first_step_forgets_later_moments() -> None:
     config = LevelConfig(lr=0.05)
     engine = TorchEngine(fresh_model(), config)
-    start = {name: value.clone() for name, value in engine.state_dict().items()}
+    start = engine.snapshot()
     expected = run_engine(engine, config)
 
     engine.load_state_dict(start)
@@ -122,8 +122,9 @@ def test_the_state_before_the_first_step_forgets_later_moments() -> None:
 def test_the_shapes_of_a_state_are_known_beforehand() -> None:
     config = LevelConfig()
     engine = TorchEngine(fresh_model(), config)
-    shapes = state_shapes(engine.module)
+    shapes = engine.shapes()
     run_engine(engine, config, 0, 1)
 
-    assert shapes == {name: tuple(value.shape) for name, value in engine.state_dict().items()}
-    assert weights_of(engine.state_dict()).keys() == engine.module.state_dict().keys()
+    assert shapes == {name: tuple(value.shape) for name, value in engine.snapshot().items()}
+    weights = {name for name in shapes if name.startswith("weight.")}
+    assert weights == {f"weight.{name}" for name in engine.module.state_dict()}

@@ -127,6 +127,9 @@ EFFECTS: dict[str, Effect] = {
     "eval.batch_size": on("evaluation batches", 100),
     "eval.knn_k": on("accuracy", 300),
     "eval.pixels": on("result", True),
+    # These two: tests/failure.
+    "failure.lost_after": on("lost ranks", 5.0),
+    "failure.stuck_after": on("stuck ranks", 5.0),
 }
 
 
@@ -358,9 +361,8 @@ def test_evaluation_options_are_honoured(monkeypatch: pytest.MonkeyPatch) -> Non
     accuracy, batches = {}, {}
     for k, batch_size in ((1, 256), (300, 256), (1, 100)):
         trainer = build({"eval.knn_k": k, "eval.batch_size": batch_size})
-        encoders = {"": evaluate.pixels}
-        scores = evaluate.evaluate_features(encoders, trainer.loaders, trainer.config, trainer.world)
-        assert scores
+        parts = evaluate.collect_features(evaluate.pixels, trainer.loaders, trainer.world)
+        scores = evaluate.score_features(parts, "", trainer.config.eval.knn_k)
         accuracy[k, batch_size] = scores["knn_accuracy"]
         batches[batch_size] = [len(batch.images) for batch in trainer.loaders.evaluation("test")]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mlomae import checkpoint
 from mlomae.cli import main
@@ -50,7 +49,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
     assert read_metrics(actual) == read_metrics(expected)
     assert (actual / "encoder.safetensors").read_bytes() == (expected / "encoder.safetensors").read_bytes()
     found, wanted = (
-        load_file(folder / "checkpoints" / f"step-{ITERATIONS:08d}" / checkpoint.TENSORS)
+        checkpoint.read(folder / "checkpoints" / f"step-{ITERATIONS:08d}").tensors
         for folder in (actual, expected)
     )
     assert found.keys() == wanted.keys()

@@ -110,6 +110,11 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_draw", draw)
 
 
+def without_evaluation() -> None:
+    """Leaves out, in this process, the final evaluation."""
+    setattr(Trainer, "evaluate", TrainOnly.evaluate)  # noqa: B010 - a plain assignment would not type-check
+
+
 def train_and_die(argv: list[str], iteration: int) -> None:
     """Runs ``main`` and kills its own process before ``iteration``, as an outside SIGKILL would."""
     iterate = Trainer.iterate

@@ -223,3 +223,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         merged[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
     return merged
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """The trainable parameters, in module order."""
+    return [parameter for _, parameter in trainable(module)]

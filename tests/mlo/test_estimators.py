@@ -14,7 +14,6 @@ from mlomae import objectives
 from mlomae.data.batches import Batch
 from mlomae.distributed.engine import TorchEngine
 from mlomae.hypergradient import START_RADIUS
-from mlomae.levels import parameters_of
 from mlomae.models.attention import using_attention
 from tests.mlo.conftest import TRAINING_STEPS
 from tests.mlo.problem import (
@@ -24,6 +23,7 @@ from tests.mlo.problem import (
     build_problem,
     detached,
     flat,
+    parameters_of,
     relative_error,
 )
 

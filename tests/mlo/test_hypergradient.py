@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mlomae import objectives
-from mlomae.levels import parameters_of
 from mlomae.mlo.space import global_norm, perturbation
 from mlomae.models.masking import MaskingNetwork
-from tests.mlo.problem import ITERATION, Problem, detached, flat, relative_error
+from tests.mlo.problem import ITERATION, Problem, detached, flat, parameters_of, relative_error
 
 # Relative error at the default radius. Measured: at most 6.1e-4 at initialisation in both precisions (the
 # curvature), and after training 1e-5 in float64 and 1.2e-3 in float32 (rounding).

@@ -11,10 +11,18 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mlomae import objectives
-from mlomae.levels import parameters_of
 from mlomae.mlo.space import perturbation
 from mlomae.precision import ieee_float32, set_float32_products
-from tests.mlo.problem import ITERATION, Named, Problem, TensorStream, detached, flat, relative_error
+from tests.mlo.problem import (
+    ITERATION,
+    Named,
+    Problem,
+    TensorStream,
+    detached,
+    flat,
+    parameters_of,
+    relative_error,
+)
 
 
 def _pretrain_gradient(problem: Problem, attached: bool) -> Tensor:

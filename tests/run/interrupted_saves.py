@@ -14,26 +14,37 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from mlomae.checkpoint import latest, save
+from mlomae.checkpoint import BackgroundWriter, Checkpoint, Score, best, newest, read
 
 KILLS = 10
 
 
 def save_for_ever(folder: Path) -> None:
-    """Continues from the latest checkpoint like a run does, and saves every step twice."""
-    found = latest(folder)
-    step = found.step if found else 0
+    """Continues from the newest checkpoint like a run does, and saves every step twice."""
+    path = newest(folder)
+    step = read(path).step if path else 0
+    writer = BackgroundWriter(folder, keep=2)
     while True:
-        tensors = {name: torch.full((50_000,), float(step)) for name in ("a", "b", "c")}
+        names = ("pretrain.weight.encoder.a", "pretrain.weight.decoder.b", "head.weight.c")
+        tensors = {name: torch.full((50_000,), float(step)) for name in names}
         for _ in range(2):
-            save(folder, step, tensors, {"step": step}, keep=2)
+            # The first step is the best one, which has to stay.
+            writer.submit(step, tensors, {"step": step}, Score("loss", float(step)))
         step += 1
 
 
-def main(folder: Path) -> None:
+def check(found: Checkpoint) -> None:
+    assert found.state == {"step": found.step}
+    assert len(found.tensors) == 3
+    assert all(bool((tensor == found.step).all()) for tensor in found.tensors.values())
+
+
+def main(run_dir: Path) -> None:
     warnings.simplefilter("error", UserWarning)  # a damaged checkpoint would be reported as a warning
     torch.set_num_threads(1)
+    folder = run_dir / "checkpoints"
     delays = random.Random(0)
     step, interrupted = -1, 0
     for _ in range(KILLS):
@@ -44,15 +55,21 @@ def main(folder: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         interrupted += any(folder.glob(".tmp-*"))
-        found = latest(folder)
-        if found is None:
+        path = newest(folder)
+        if path is None:
             assert step == -1, "the checkpoint was lost"
             continue
+        found = read(path)
         assert found.step >= step, "the run went back"
         step = found.step
-        assert found.state == {"step": step}
-        assert set(found.tensors) == {"a", "b", "c"}
-        assert all(bool((tensor == step).all()) for tensor in found.tensors.values())
+        check(found)
+        first = best(folder)
+        assert first is not None
+        check(read(first))
+        assert read(first).step == 0, "the best checkpoint was lost"
+        # It is published before its checkpoint is.
+        encoder = load_file(run_dir / "encoder.safetensors")["a"]
+        assert encoder.unique().tolist() in ([step], [step + 1]), "the encoder is another one's"
     assert interrupted > 0, "no kill came in the middle of a save"
     assert step > 0, "nothing was saved"
 

@@ -2,124 +2,185 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mlomae import checkpoint
-from mlomae.checkpoint import Checkpoint, latest, match, save
+from mlomae import checkpoint, checkpoint_file, checkpoint_folder
+from mlomae.checkpoint import Checkpoint, Score, best, match, newest, read, save
 from mlomae.errors import UserError
 
+FILES = ["encoder.safetensors", "training.safetensors", "state.json", "manifest.json"]
 
-def save_steps(folder: Path, *steps: int, keep: int = 10) -> None:
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+def values(step: int) -> dict[str, Tensor]:
+    return {
+        "pretrain.weight.encoder.w": torch.full((40,), float(step)),
+        "head.weight.w": torch.full((2, 3), -float(step)),
+    }
+
+
+def save_steps(folder: Path, *steps: int, keep: int = 10, scores: Mapping[int, float] | None = None) -> None:
     for step in steps:
-        save(folder, step, {"w": torch.full((40,), float(step))}, {"step": step}, keep)
+        score = Score("loss", scores[step]) if scores and step in scores else None
+        save(folder, step, values(step), {"step": step}, keep, score)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def steps(folder: Path) -> list[int]:
+    """Those of the checkpoints; nothing else may be there."""
+    return [int(name.removeprefix("step-")) for name in names(folder)]
+
+
 def bits(tensor: Tensor) -> bytes:
     return bytes(tensor.detach().clone().reshape(-1).view(torch.uint8).tolist())
 
 
-def latest_quietly(folder: Path) -> Checkpoint | None:
+def newest_quietly(folder: Path) -> Checkpoint | None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return latest(folder)
+        path = newest(folder)
+    return None if path is None else read(path)
 
 
-def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
+def test_round_trip_is_bit_exact(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(64, generator=generator)
-    matrix = torch.randn(5, 7, generator=generator)
     tensors = {
-        "matrix": matrix,
-        "transposed": matrix.t(),
-        "bf16": matrix.to(torch.bfloat16),
-        "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
-        "ids": torch.arange(5),
-        "flag": torch.tensor(True),
-        "count": torch.tensor(3.0, dtype=torch.float64),
-        "empty": torch.empty(0, 3),
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-        "shard.0": flat[:32],
-        "shard.1": flat[32:],
-        "tied": flat,
-        "expanded": torch.ones(1).expand(4),
+        "pretrain.weight.encoder.blocks.0.w": torch.randn(5, 7, generator=generator),
+        "pretrain.weight.encoder.norm.b": torch.zeros(3, dtype=torch.bfloat16),
+        "pretrain.weight.decoder.w": flat,
+        "pretrain.exp_avg.encoder.blocks.0.w": flat[:32].t(),
+        "pretrain.step": torch.tensor(3.0),
+        "head.weight.w": flat[16:],
     }
     state = {"step": 200, "nested": {"lr": 0.1 + 0.2}, "names": ["a", None]}
-    path = save(tmp_path / "checkpoints", 200, tensors, state, keep=1)
-    found = latest_quietly(tmp_path / "checkpoints")
+    path = save(folder, 200, tensors, state, keep=1, score=Score("loss/mask", 0.25))
+    found = newest_quietly(folder)
     assert found is not None
     assert (found.path, found.step, found.state) == (path, 200, state)
-    assert path.name == "step-00000200"
+    assert found.score == Score("loss/mask", 0.25)
+    assert path == folder / "step-00000200"
+    assert names(path) == sorted(FILES)
     assert found.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (found.tensors[name].dtype, found.tensors[name].shape) == (tensor.dtype, tensor.shape)
         assert bits(found.tensors[name]) == bits(tensor), name
+    assert set(found.part("head")) == {"weight.w"}
 
 
-def test_only_tensors_that_need_it_are_copied() -> None:
-    flat = torch.zeros(64)
-    tensors = {"a": flat[:32], "b": flat[32:], "again": flat[16:48], "strided": flat[::2]}
-    separate = checkpoint._separate(tensors)
-    kept = {name for name in tensors if separate[name].data_ptr() == tensors[name].data_ptr()}
-    assert kept == {"a", "b"}
+def test_the_encoder_is_a_file_of_its_own_and_published(folder: Path) -> None:
+    save_steps(folder, 1, 2)
+    for path in (folder.parent / "encoder.safetensors", folder / "step-00000002" / "encoder.safetensors"):
+        weights = load_file(path)
+        assert weights.keys() == {"w"}
+        assert bool((weights["w"] == 2).all())
+    assert load_file(folder / "step-00000002" / "training.safetensors").keys() == {"head.weight.w"}
 
 
-def test_changing_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1)
-    found = latest(tmp_path)
+def test_changing_a_read_tensor_leaves_the_file_alone(folder: Path) -> None:
+    save_steps(folder, 1)
+    found = newest_quietly(folder)
     assert found is not None
-    found.tensors["w"].zero_()
-    again = latest_quietly(tmp_path)
+    found.tensors["head.weight.w"].zero_()
+    again = newest_quietly(folder)
     assert again is not None
-    assert bool((again.tensors["w"] == 1).all())
+    assert bool((again.tensors["head.weight.w"] == -1).all())
 
 
-def test_nothing_saved_is_none(tmp_path: Path) -> None:
-    assert latest(tmp_path / "checkpoints") is None
-    assert latest(tmp_path) is None
+def test_nothing_saved_is_none(folder: Path) -> None:
+    assert newest(folder) is best(folder) is None
+    folder.mkdir()
+    assert newest(folder) is best(folder) is None
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
-    save_steps(tmp_path, 90, 100, 1100, 200, keep=2)
-    assert names(tmp_path) == ["step-00000100", "step-00000200", "step-00001100"]
-    save_steps(tmp_path, 1200, keep=2)
-    assert names(tmp_path) == ["step-00001100", "step-00001200"]
-    save_steps(tmp_path, 1300, keep=1)
-    assert names(tmp_path) == ["step-00001300"]
+def test_pruning_keeps_the_newest(folder: Path) -> None:
+    save_steps(folder, 90, 100, 1100, 200, keep=2)
+    assert steps(folder) == [100, 200, 1100]
+    save_steps(folder, 1200, keep=2)
+    assert steps(folder) == [1100, 1200]
+    save_steps(folder, 1300, keep=1)
+    assert steps(folder) == [1300]
 
 
-def test_pruning_does_not_count_incomplete_ones(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1, 2)
-    (tmp_path / "step-00000002" / "state.json").unlink()
-    save_steps(tmp_path, 3, keep=2)
-    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+def test_the_best_stays_however_old(folder: Path) -> None:
+    save_steps(folder, 1, 2, 3, 4, 5, keep=2, scores={1: 0.5, 2: 0.25, 3: 0.5, 4: 0.75})
+    assert steps(folder) == [2, 4, 5]
+    assert best(folder) == folder / "step-00000002"
+    save_steps(folder, 6, keep=2, scores={6: 0.125})
+    assert steps(folder) == [5, 6]
+    assert best(folder) == folder / "step-00000006"
+    save_steps(folder, 7, keep=2, scores={7: 0.125})
+    assert best(folder) == folder / "step-00000007"  # the newer of two
 
 
-def test_remains_of_dead_runs_are_swept(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-5-1").mkdir()
-    (tmp_path / ".tmp-5-1" / "tensors.safetensors").write_bytes(b"half")
-    save_steps(tmp_path, 6)
-    assert names(tmp_path) == ["step-00000006"]
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_a_score_that_is_not_finite_does_not_count(value: float, folder: Path) -> None:
+    save_steps(folder, 1, 2, 3, keep=1, scores={1: 0.5, 2: value})
+    assert steps(folder) == [1, 3]
+    assert best(folder) == folder / "step-00000001"
+    save_steps(folder, 4, keep=1, scores={4: value})
+    assert read(folder / "step-00000004").score is None
+
+
+def test_scores_of_another_name_are_not_compared(folder: Path) -> None:
+    save_steps(folder, 1, scores={1: 0.1})
+    save(folder, 2, values(2), {}, 10, Score("other", 0.2))
+    assert best(folder) == folder / "step-00000002"
+
+
+def test_a_damaged_best_gives_way_to_the_next(folder: Path) -> None:
+    save_steps(folder, 1, 2, 3, scores={1: 0.2, 2: 0.1, 3: 0.3})
+    flip_byte(folder / "step-00000002" / "training.safetensors")
+    with pytest.warns(UserWarning, match=r"step-00000002: skipped, training\.safetensors has a wrong"):
+        assert best(folder) == folder / "step-00000001"
+
+
+def test_pruning_does_not_count_incomplete_ones(folder: Path) -> None:
+    save_steps(folder, 1, 2)
+    (folder / "step-00000002" / "state.json").unlink()
+    save_steps(folder, 3, keep=2)
+    assert steps(folder) == [1, 3]
+
+
+def test_pruning_counts_a_step_once(folder: Path) -> None:
+    save_steps(folder, 1, 2)
+    shutil.copytree(folder / "step-00000002", folder / "step-00000002.previous")  # of a killed save
+    save_steps(folder, 3, keep=3)
+    assert steps(folder) == [1, 2, 3]
+
+
+def test_remains_of_dead_runs_are_swept(folder: Path) -> None:
+    (folder / ".tmp-5-1").mkdir(parents=True)
+    (folder / ".tmp-5-1" / "training.safetensors").write_bytes(b"half")
+    save_steps(folder, 6)
+    assert steps(folder) == [6]
 
 
 def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
+    path.unlink()  # another name of the same file keeps its content
     path.write_bytes(content)
 
 
@@ -127,87 +188,116 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [flip_byte, truncate, Path.unlink])
-def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
-    save_steps(tmp_path, 1, 2, 3)
-    damage(tmp_path / "step-00000003" / name)
+def test_damaged_checkpoint_is_passed_over(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+    save_steps(folder, 1, 2, 3)
+    damage(folder / "step-00000003" / name)
     with pytest.warns(UserWarning, match="step-00000003: skipped") as caught:
-        found = latest(tmp_path)
+        found = newest(folder)
     assert len(caught) == 1
-    assert found is not None
-    assert (found.step, found.state) == (2, {"step": 2})
+    assert found == folder / "step-00000002"
     # The run comes by that step again and repairs it.
-    save_steps(tmp_path, 3)
-    repaired = latest_quietly(tmp_path)
+    save_steps(folder, 3)
+    repaired = newest_quietly(folder)
     assert repaired is not None
     assert repaired.step == 3
+    assert load_file(folder.parent / "encoder.safetensors")["w"][0] == 3
 
 
-def test_other_format_and_wrong_place_are_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_steps(tmp_path, 1)
-    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000009")
+@pytest.mark.parametrize("name", FILES)
+def test_an_incomplete_one_is_not_read(name: str, folder: Path) -> None:
+    save_steps(folder, 1)
+    (folder / "step-00000001" / name).unlink()
+    with pytest.raises(UserError, match=rf"^checkpoint .*/step-00000001: {name} cannot be read \(No such"):
+        read(folder / "step-00000001")
+
+
+def test_a_damaged_header_is_one_line(folder: Path) -> None:
+    save_steps(folder, 1)
+    path = folder / "step-00000001" / "training.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)  # of the right size
+    with pytest.raises(UserError, match=r"^checkpoint .*/step-00000001: cannot be read \(.+\)$"):
+        read(folder / "step-00000001")
+
+
+def test_other_format_and_wrong_place_are_passed_over(folder: Path) -> None:
+    save_steps(folder, 1)
+    shutil.copytree(folder / "step-00000001", folder / "step-00000009")
     with pytest.warns(UserWarning, match="is of step 1"):
-        found = latest(tmp_path)
-    assert found is not None
-    assert found.step == 1
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+        found = newest(folder)
+    assert found == folder / "step-00000001"
+    (folder / "step-00000001" / "manifest.json").write_text('{"format": 1, "step": 1, "files": {}}')
+    shutil.rmtree(folder / "step-00000009")
     with pytest.warns(UserWarning, match="format 1, this version reads 2"):
-        assert latest(tmp_path) is None
+        assert newest(folder) is None
 
 
-def test_a_checkpoint_can_be_loaded_at_every_line_of_a_save(tmp_path: Path) -> None:
-    save_steps(tmp_path, 6, 7, keep=2)
+def test_a_checkpoint_can_be_loaded_at_every_line_of_a_save(folder: Path) -> None:
+    save_steps(folder, 6, 7, keep=2)
     seen: list[tuple[int, str]] = []
+    published: list[float] = []
+    modules = [module.__file__ for module in (checkpoint, checkpoint_file, checkpoint_folder, shutil)]
 
     def look(frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in (checkpoint.__file__, shutil.__file__):
+        if frame.f_code.co_filename not in modules:
             return None
-        assert all((path / "manifest.json").exists() for path in tmp_path.glob("step-*"))
-        found = latest_quietly(tmp_path)
+        assert all((path / "manifest.json").exists() for path in folder.glob("step-*"))
+        found = newest_quietly(folder)
         seen.append((found.step, found.state.get("version", "old")) if found else (0, "none"))
+        published.append(float(load_file(folder.parent / "encoder.safetensors")["w"][0]))
         return look
 
     tracing = sys.gettrace()
     sys.settrace(look)
     try:
-        save(tmp_path, 7, {"w": torch.zeros(3)}, {"version": "new"}, keep=2)
-        save(tmp_path, 8, {"w": torch.zeros(3)}, {"version": "new"}, keep=1)
+        save(folder, 7, values(7), {"version": "new"}, 2, None)
+        save(folder, 8, values(8), {"version": "new"}, 1, None)
     finally:
         sys.settrace(tracing)
     assert sorted(set(seen), key=seen.index) == [(7, "old"), (7, "new"), (8, "new")]
     assert seen == sorted(seen, key=lambda state: (state[0], state[1] == "new"))
-    assert names(tmp_path) == ["step-00000008"]
+    assert published == sorted(published)
+    assert set(published) == {7, 8}
+    assert steps(folder) == [8]
 
 
-def test_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_steps(tmp_path, 1)
+@pytest.mark.parametrize("name", FILES)
+def test_failed_save_leaves_nothing_behind(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(folder, 1)
+    write_file = checkpoint.write_file
 
-    def fail(path: Path) -> str:
-        raise OSError("disk gone")
+    def fail(path: Path, parts: Any) -> Any:
+        if path.name == name:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "disk full")
+        return write_file(path, parts)
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
-    with pytest.raises(OSError, match="disk gone"):
-        save_steps(tmp_path, 2)
-    assert names(tmp_path) == ["step-00000001"]
+    monkeypatch.setattr(checkpoint, "write_file", fail)
+    with pytest.raises(OSError, match="disk full") as caught:
+        save_steps(folder, 2)
+    assert caught.value.filename == str(folder / "step-00000002")
+    assert steps(folder) == [1]
+    assert load_file(folder.parent / "encoder.safetensors")["w"][0] == 1
+    monkeypatch.undo()
+    save_steps(folder, 2)
+    assert steps(folder) == [1, 2]
 
 
+@pytest.mark.dist
 def test_kills_at_random_moments_never_lose_a_checkpoint(tmp_path: Path) -> None:
     program = Path(__file__).with_name("interrupted_saves.py")
     done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def loaded(**shapes: tuple[int, ...]) -> Checkpoint:
-    return Checkpoint(
-        Path("runs/x/step-1"), 1, {name: torch.zeros(shape) for name, shape in shapes.items()}, {}
-    )
+def saved(folder: Path, **shapes: tuple[int, ...]) -> Checkpoint:
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return read(save(folder, 1, tensors, {}, 1, None))
 
 
-def test_match_accepts_the_same_model() -> None:
-    match(loaded(weight=(2, 3), scale=()), {"weight": (2, 3), "scale": ()})
+def test_match_accepts_the_same_model(folder: Path) -> None:
+    match(saved(folder, weight=(2, 3), scale=()), {"weight": (2, 3), "scale": ()})
 
 
 @pytest.mark.parametrize(
@@ -219,7 +309,7 @@ def test_match_accepts_the_same_model() -> None:
         ({"c": (1,)}, "c is missing there; a is there, not expected here; b is there, not expected here"),
     ],
 )
-def test_match_names_what_differs(expected: dict[str, tuple[int, ...]], reason: str) -> None:
+def test_match_names_what_differs(expected: dict[str, tuple[int, ...]], reason: str, folder: Path) -> None:
     with pytest.raises(UserError) as caught:
-        match(loaded(a=(1, 65, 96), b=(2,)), expected)
-    assert str(caught.value) == f"checkpoint runs/x/step-1: is of another model ({reason})"
+        match(saved(folder, a=(1, 65, 96), b=(2,)), expected)
+    assert str(caught.value) == f"checkpoint {folder / 'step-00000001'}: is of another model ({reason})"

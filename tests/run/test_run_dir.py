@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from mlomae.config import Config, load_config
 from mlomae.errors import UserError
-from mlomae.run_dir import RunDir, Status, to_json, write_atomically
+from mlomae.run_dir import RunDir, Status, link_atomically, to_json, write_atomically
 
 OWNER = """
 import os, sys
@@ -133,6 +134,31 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         write_atomically(path, b"new")
+    assert contents(tmp_path) == {str(path): b"old"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_atomic_link_shares_or_copies(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, path = tmp_path / "source", tmp_path / "path"
+    source.write_bytes(b"new")
+    write_atomically(path, b"old")
+
+    def refuse(*paths: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    for _ in range(2):  # the second time it is there already
+        link_atomically(source, path)
+        assert contents(tmp_path) == {str(path): b"new", str(source): b"new"}
+        assert path.samefile(source) == links
+
+
+def test_atomic_link_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "path"
+    write_atomically(path, b"old")
+    with pytest.raises(FileNotFoundError):
+        link_atomically(tmp_path / "missing", path)
     assert contents(tmp_path) == {str(path): b"old"}
 
 

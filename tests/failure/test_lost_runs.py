@@ -1,0 +1,85 @@
+"""Runs that lose a rank: they end with one line, and go on from the last checkpoint with other ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlomae.arguments import EXIT_LOST
+from tests.distributed.ranks import free_port
+from tests.integration.tiny import read_metrics, write_recipe
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, DIES = ROOT / "train.py", Path(__file__).with_name("dies.py")
+TIMEOUT = 120
+ITERATIONS, DEATH = 12, 7
+LOSSES = ("loss/pretrain", "loss/head", "loss/mask")
+LOST = re.compile(
+    r"mlomae: error: rank 1 on \S+ is lost: the process ended without a word; last seen [\w /,]+; "
+    "start again to resume from the last checkpoint"
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("lost") / "tiny.yaml", {"iterations": ITERATIONS})
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> list[dict[str, Any]]:
+    """The metrics of a run that nothing happens to."""
+    assert start([str(TRAIN)], recipe, recipe.parent / "whole").wait(TIMEOUT) == 0
+    return read_metrics(recipe.parent / "whole")
+
+
+def start(program: list[str], recipe: Path, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, *program, "--config", str(recipe), "--run-dir", str(run_dir)],
+        env={**environment, "OMP_NUM_THREADS": "1", **variables}, cwd=recipe.parent, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def assert_equals_whole(run_dir: Path, whole: list[dict[str, Any]]) -> None:
+    found = read_metrics(run_dir)
+    assert [row["step"] for row in found] == list(range(1, ITERATIONS + 1))
+    for row, expected in zip(found, whole, strict=True):
+        assert [row[name] for name in LOSSES] == pytest.approx([expected[name] for name in LOSSES], abs=1e-5)
+
+
+def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(
+    recipe: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start([str(DIES), str(DEATH)], recipe, tmp_path / "run", RANK=rank, LOCAL_RANK=rank, **world)
+        for rank in "01"
+    ]
+    said = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_LOST, -signal.SIGKILL], said
+    assert LOST.fullmatch(said[0].strip())
+    assert read_metrics(tmp_path / "run")[-1]["step"] < ITERATIONS
+
+    assert start([str(TRAIN)], recipe, tmp_path / "run").wait(TIMEOUT) == 0
+    assert_equals_whole(tmp_path / "run", whole)
+
+
+def test_torchrun_restarts_by_itself(recipe: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
+    launched = start(
+        [*launcher, "--master_port", str(free_port()), str(DIES), str(DEATH)], recipe, tmp_path / "run"
+    )
+    said = launched.communicate(timeout=TIMEOUT)[1]
+    assert launched.returncode == 0, said
+    assert len(LOST.findall(said)) == 1
+    assert_equals_whole(tmp_path / "run", whole)
