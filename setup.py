@@ -131,10 +131,19 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["mlomae", "mlomae.*"]) + find_packages(where="kernels"),
-    # kernels/ is a source root, not a package: see CONTRIBUTING.md.
-    package_dir={"mlomae_kernels": "kernels/mlomae_kernels"},
-    package_data={"mlomae": ["py.typed"], "mlomae_kernels": ["py.typed"]},
+    packages=[
+        *find_packages(include=["mlomae", "mlomae.*"]),
+        *find_packages(where="kernels"),
+        "mlomae.slurm.scripts",
+    ],
+    # kernels/ is a source root, not a package: see CONTRIBUTING.md. Users of a clone have the job scripts in
+    # slurm/, those of a wheel in mlomae/slurm/scripts.
+    package_dir={"mlomae_kernels": "kernels/mlomae_kernels", "mlomae.slurm.scripts": "slurm"},
+    package_data={
+        "mlomae": ["py.typed"],
+        "mlomae_kernels": ["py.typed"],
+        "mlomae.slurm.scripts": ["*.sbatch", "run.sh"],
+    },
     ext_modules=_extensions(),
     cmdclass={"build_ext": CMakeBuild},
     install_requires=_requirements(),

@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mlomae.sharding.command import main as shards
 
             return shards(words[1:])
+        if words and words[0] == "plan":
+            from mlomae.planning.command import main as plan
+
+            return plan(words[1:], _overrides)
         if words and words[0] == "submit":
             from mlomae.slurm.submit import main as submit
 
@@ -162,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command", choices=["train"], metavar="command",
         help="train: pretrain and evaluate one run; others: see `mlomae hypergrad-check --help`, "
-        "`mlomae profile --help`, `mlomae shards --help` and `mlomae submit --help`",
+        "`mlomae profile --help`, `mlomae plan --help`, `mlomae shards --help` and `mlomae submit --help`",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of one level (ZeRO 0, 1 and 2); the only module that imports deepspeed."""
+"""The DeepSpeed engine of one level (ZeRO 0 to 3); the only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -56,11 +56,22 @@ def _check(deepspeed: Any, full: dict[str, Any]) -> None:
         ) from None
 
 
+def _limit_bucket(full: dict[str, Any], numel: int) -> None:
+    """No more memory for waiting gradients than there are gradients: DeepSpeed takes all of it at once, for
+    every engine.
+    """
+    section = full.get("zero_optimization", {})
+    if section.get("stage", 0):
+        wanted = section.get("reduce_bucket_size", numel)
+        full["zero_optimization"] = {**section, "reduce_bucket_size": min(wanted, numel)}
+
+
 class DeepSpeedEngine:
     """ZeRO data parallelism; float32 weights, precision of the passes by ``torch_autocast``.
 
     Under ZeRO 0-2 every rank holds the full weights between steps, so evaluations and perturbations
-    through ``module`` work as they do in plain torch.
+    through ``module`` work as they do in plain torch. Under ZeRO 3 ``module`` gathers its weights by hooks:
+    it can be called, its weights cannot be read.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False)
         full = merge(ds_config, config, world.size, micro_batches)
         _check(deepspeed, full)
+        _limit_bucket(full, sum(parameter.numel() for _, parameter in trainable(module)))
         self._stage = zero_stage(ds_config)
         self._shapes = state_shapes(module)
         self._blank: nn.Module | None = None
@@ -116,9 +128,11 @@ class DeepSpeedEngine:
             gradients = [parameter.grad for _, parameter in trainable(self.module)]
             self.grad_norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
             if not self.grad_norm.isfinite():
-                # As DeepSpeed does under ZeRO 1-3; without gradients its step only counts.
+                # As DeepSpeed does under ZeRO 1-3. Its step would clip, which needs gradients.
                 self._skipped += 1
                 self._engine.zero_grad()
+                self._engine.micro_steps += 1
+                return
         self._engine.step()
         if self._stage:
             self.grad_norm = self._engine.get_global_grad_norm()
@@ -171,7 +185,10 @@ class DeepSpeedEngine:
             return {}
         for state in base.state.values():
             step = state["step"].detach().to("cpu", copy=True)
-        return {**{f"weight.{name}": weight for name, weight in weights.items()}, **moments, "step": step}
+        named = {f"weight.{name}": weight for name, weight in weights.items()}
+        # In the order of the module, whatever the groups are.
+        names = [f"{key}.{name}" for name, _ in trainable(self.module) for key in MOMENTS]
+        return {**named, **{name: moments[name] for name in names if name in moments}, "step": step}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -200,7 +217,10 @@ class DeepSpeedEngine:
     def whole_module(self) -> nn.Module:
         if self._blank is None:
             return self.module
-        whole: dict[int, nn.Parameter] = {}
+        buffers = dict(self.module.named_buffers())
+        whole: dict[int, Tensor] = {
+            id(blank): buffers[name].clone() for name, blank in self._blank.named_buffers()
+        }
         gathered = dict(self.module.named_parameters())
         for name, blank in self._blank.named_parameters():
             with self._deepspeed.zero.GatheredParameters([gathered[name]]):

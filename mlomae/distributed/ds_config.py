@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlomae.config import Config
 from mlomae.errors import UserError
 from mlomae.sections import LevelConfig
 
@@ -37,6 +38,21 @@ PRECISION_HINT = (
     'use "torch_autocast": {"enabled": true, "dtype": "bfloat16"}, which keeps them float32'
 )
 SUPPORTED_STAGES = (0, 1, 2, 3)
+ROUNDS = "would round what it sends, which swallows the finite-difference perturbation"
+COPIES = "would keep copies of the weights that the finite-difference perturbation does not reach"
+# Keys of zero_optimization: the only value that works, and what another one would do.
+ZERO_LIMITS: dict[str, tuple[Any, str]] = {
+    "zero_quantized_weights": (False, ROUNDS),
+    "zero_quantized_nontrainable_weights": (False, ROUNDS),
+    "zero_quantized_gradients": (False, ROUNDS),
+    "zero_hpz_partition_size": (1, COPIES),
+    "mics_shard_size": (-1, COPIES),
+    "zenflow": (None, "would let the weights that passes see lag behind the optimizer's"),
+    "cpu_offload": (False, "is an old name; use offload_optimizer"),
+    "cpu_offload_param": (False, "is an old name; use offload_param"),
+    "compute_grad_norm": (True, "would leave the gradient's norm unknown, which is logged and clipped"),
+}
+ON_DISK = "the hypergradient reads moments and gradients between steps, when they would be on disk"
 # DeepSpeed's default, and the class that stands for the first of them in the autoencoder.
 _SAFE_MODULES = [
     "torch.nn.modules.linear.Linear",
@@ -77,7 +93,32 @@ def load_ds_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{where}: {section} is {config[section]!r}, expected an object")
     _check_zero(config.get("zero_optimization", {}), where)
     _check_autocast(config.get("torch_autocast", {}), where)
+    if zero_stage(config) == 3:
+        for key, works in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if config.get(key, works) != works:
+                raise UserError(f"{where}: {key} does not work with stage 3; remove it")
     return config
+
+
+def check_combination(config: Config, ds_config: dict[str, Any] | None) -> None:
+    """Refuses what a recipe and a checked DeepSpeed configuration cannot do together.
+
+    Raises:
+        UserError: whole weights or whole graphs are asked for where ZeRO 3 shards the weights.
+    """
+    if zero_stage(ds_config) != 3:
+        return
+    estimator, execution = config.hypergradient.estimator, config.compute.execution
+    if config.masking.learns and estimator in ("jvp", "exact"):
+        raise UserError(
+            f"hypergradient.estimator: {estimator} needs whole weights on every rank, which ZeRO 3 does not "
+            "keep; use fd or auto"
+        )
+    if execution in ("compiled", "graphs"):
+        raise UserError(
+            f"compute.execution: {execution} needs a module without hooks, by which ZeRO 3 gathers its "
+            "weights; use eager or auto"
+        )
 
 
 def zero_stage(ds_config: dict[str, Any] | None) -> int:
@@ -104,6 +145,8 @@ def merge(
         "gradient_accumulation_steps": micro_batches,
         # Written out: DeepSpeed's own default clips at 1.0.
         "gradient_clipping": level.clip,
+        # torch's AdamW steps offloaded tensors too; DeepSpeed's would be compiled at the start.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         # It waits for the device twice in every step.
         "timers": {"throughput": {"enabled": False}},
@@ -114,9 +157,26 @@ def _check_zero(section: dict[str, Any], where: str) -> None:
     stage = section.get("stage", 0)
     if stage not in SUPPORTED_STAGES or isinstance(stage, bool):
         raise UserError(f"{where}: zero_optimization.stage is {stage!r}, supported are 0, 1, 2 and 3")
-    for key in ("offload_optimizer", "offload_param"):
+    for key, (works, reason) in ZERO_LIMITS.items():
+        if section.get(key, works) != works:
+            raise UserError(f"{where}: zero_optimization.{key} {reason}")
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         if key in section:
-            raise UserError(f"{where}: zero_optimization.{key} is not supported; remove it")
+            _check_offload(section[key], stage, stages, f"{where}: zero_optimization.{key}")
+
+
+def _check_offload(section: Any, stage: int, stages: tuple[int, ...], where: str) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f"{where} is {section!r}, expected an object")
+    device = section.get("device", "none")
+    if device == "nvme":
+        raise UserError(f"{where}.device is 'nvme', supported is 'cpu': {ON_DISK}")
+    if device != "cpu":
+        raise UserError(f"{where}.device is {device!r}, supported is 'cpu'")
+    if stage not in stages:
+        raise UserError(f"{where} needs stage {' or '.join(map(str, stages))}, found {stage}")
+    if section.get("ratio", 1.0) != 1.0 or section.get("super_offload", False):
+        raise UserError(f"{where}: ratio and super_offload need DeepSpeed's own Adam; leave them out")
 
 
 def _check_autocast(section: dict[str, Any], where: str) -> None:

@@ -174,9 +174,7 @@ class Judge:
             line = f"all ranks are stuck: {since}, last seen {first.place}{_RESUME}"
             return Verdict(line, EXIT_LOST, culprits)
         others = max(running, key=lambda peer: peer.place).place
-        line = (
-            f"{_names(first, behind)} stuck: {since}; last seen {first.place}, others {others}{_RESUME}"
-        )
+        line = f"{_names(first, behind)} stuck: {since}; last seen {first.place}, others {others}{_RESUME}"
         return Verdict(line, EXIT_LOST, culprits)
 
 

@@ -75,7 +75,7 @@ def gather_shard(shard: Tensor, pieces: Sequence[Piece], device: torch.device) -
 
 
 def fill_shard(shard: Tensor, pieces: Sequence[Piece], state: Mapping[str, Tensor], prefix: str) -> None:
-    """Copies this rank's parts of the tensors ``<prefix><name>`` of ``state`` into its shard; padding is 0."""
+    """Copies this rank's parts of the tensors ``<prefix><name>`` into its shard; padding is 0."""
     rank, start = collectives.rank(), 0
     for piece in pieces:
         own = shard.detach()[start : start + piece.size].zero_()
@@ -89,7 +89,7 @@ def fill_shard(shard: Tensor, pieces: Sequence[Piece], state: Mapping[str, Tenso
 
 
 def host_empty(count: int, like: Tensor, device: torch.device) -> Tensor:
-    """Memory of the host to copy into; where a GPU is the source pinned, from torch's cache of such memory."""
+    """Memory of the host to copy into; from a GPU, of torch's cache of pinned memory."""
     return torch.empty(count, dtype=like.dtype, pin_memory=device.type == "cuda")
 
 

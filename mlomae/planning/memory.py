@@ -59,14 +59,19 @@ class Memory:
     Attributes:
         config: its batch sizes are those of all ranks.
         sharding: of every level.
-        product: bytes of a number that a product returns: 4, or 2 under bf16 autocast.
+        precision: bf16, tf32 or float32, of the passes.
         num_classes: of the head.
     """
 
     config: Config
     sharding: Sharding
-    product: int
+    precision: str
     num_classes: int
+
+    @property
+    def product(self) -> int:
+        """Bytes of a number that a product returns."""
+        return BF16 if self.precision == "bf16" else FLOAT32
 
     @cached_property
     def passes(self) -> Passes:
@@ -192,17 +197,25 @@ class Memory:
             "pretrain step",
             {
                 "gradients": gradients + held + sharding.gathered(main, largest),
-                "activations": max(activations, scores),
+                # A slope is made when the activations are gone.
+                "activations": max(activations, scores, self._slopes(True) - self._slopes(False)),
                 "direction v": 0,
-                "copies of the weights": self._slope(),
+                "copies of the weights": self._slopes(recorded=False),
                 "batches": batches,
             },
         )
 
-    def _slope(self) -> int:
-        """Bytes of the derivative of the AdamW step, recorded while gradients are there."""
-        adam = self.config.masking.learns and self.config.hypergradient.precondition == "adam"
-        return FLOAT32 * self.sharding.vector(self.autoencoder.trainable) if adam else 0
+    def _slopes(self, recorded: bool) -> int:
+        """Bytes of the derivatives of AdamW steps that are kept.
+
+        Args:
+            recorded: whether this iteration's has been made; another one may belong to the logged batch.
+        """
+        hypergradient = self.config.hypergradient
+        if not self.config.masking.learns or hypergradient.precondition != "adam":
+            return 0
+        slopes = recorded + (hypergradient.every == 1)
+        return slopes * FLOAT32 * self.sharding.vector(self.autoencoder.trainable)
 
     def _level_batches(self) -> int:
         """Bytes of both batches with labels, of the last pretrain batch and of the one that is logged."""
@@ -230,7 +243,7 @@ class Memory:
                 "gradients": gradients + held + sharding.gathered(self.encoder, largest),
                 "activations": activations,
                 "direction v": v,
-                "copies of the weights": self._slope(),
+                "copies of the weights": self._slopes(recorded=True),
                 "batches": self._level_batches(),
             },
         )
@@ -263,7 +276,7 @@ class Memory:
                 "gradients": sharding.gathered(main, largest),
                 "activations": max(activations, step),
                 "direction v": v,
-                "copies of the weights": copies + self._slope(),
+                "copies of the weights": copies + self._slopes(recorded=True),
                 "batches": self._level_batches(),
             },
         )
@@ -279,7 +292,7 @@ class Memory:
                 "gradients": self.sharding.buckets(network) + FLOAT32 * network.trainable,
                 "activations": self.passes.masking_step(images),
                 "direction v": v,
-                "copies of the weights": self._slope(),
+                "copies of the weights": self._slopes(recorded=True),
                 "batches": self._level_batches(),
             },
         )

@@ -5,6 +5,7 @@ Letters: D encoder width, E decoder width, L patches, P values per patch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from mlomae.config import Config
@@ -54,6 +55,7 @@ def norm(width: int) -> Weights:
     return Weights((width, width))
 
 
+@functools.cache
 def block(width: int) -> Weights:
     """A transformer block."""
     attention = affine(width, 3 * width) + affine(width, width)
@@ -65,12 +67,14 @@ def patch_projection(model: ModelConfig) -> Weights:
     return affine(model.patch_size**2 * model.in_chans, SIZES[model.arch][0])
 
 
+@functools.cache
 def encoder(model: ModelConfig) -> Weights:
     width, depth, _ = SIZES[model.arch]
     tokens = Weights((width,), frozen=(1 + model.num_patches) * width)
     return patch_projection(model) + tokens + block(width) * depth + norm(width)
 
 
+@functools.cache
 def decoder(model: ModelConfig) -> Weights:
     width = model.decoder_dim
     tokens = Weights((width,), frozen=(1 + model.num_patches) * width)

@@ -102,7 +102,8 @@ def read_sharding(ds_config: Mapping[str, Any], ranks: int, bf16: bool) -> Shard
     zero = ds_config.get("zero_optimization", {})
     default = Sharding(ranks)
     reuse = min(
-        int(zero.get(f"stage3_{name}", default.reuse)) for name in ("max_reuse_distance", "max_live_parameters")
+        int(zero.get(f"stage3_{name}", default.reuse))
+        for name in ("max_reuse_distance", "max_live_parameters")
     )
     stage = int(zero.get("stage", 0))
     return Sharding(

@@ -14,10 +14,6 @@ from mlomae.planning.memory import Memory
 from mlomae.planning.traffic import transfers
 
 GIGA = 1e9
-GPUS_PER_NODE = 8
-# Assumptions, where --link says nothing: one direction of a GPU's NVLink (H100), and 400 Gbit/s of InfiniBand
-# for every GPU.
-LINKS = (450.0, 50.0)
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,8 @@ def read_rate(path: Path) -> Rate:
     found = found or (_recorded(content) if isinstance(content, dict) else None)
     if found is None:
         raise UserError(
-            f"{where}: found no FLOP/s of a run, expected the output of `mlomae profile --json` or a record of "
-            "benchmarks/gpu.py with a part that trains"
+            f"{where}: found no FLOP/s of a run, expected the output of `mlomae profile --json` or a record "
+            "of benchmarks/gpu.py with a part that trains"
         )
     rate, source = found
     return Rate(rate, f"{source} ({path.name})", measured=True)

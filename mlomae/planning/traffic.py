@@ -120,4 +120,3 @@ def _narrow(memory: Memory, weights: Weights) -> int:
     if not memory.sharding.bf16 or memory.sharding.stage is None:
         return _float32(weights)
     return _float32(weights) - (FLOAT32 - BF16) * weights.products
-

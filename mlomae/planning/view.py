@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mlomae.planning.activations import BF16
 from mlomae.planning.memory import CONTEXT_BYTES, GIB, LASTING, LOST_SHARE, NCCL_BYTES
 from mlomae.planning.plan import Plan
 from mlomae.planning.times import GIGA
@@ -30,10 +29,9 @@ def show_sweep(plans: Sequence[Plan]) -> None:
     """Prints one row for each plan."""
     console = Console()
     console.print(setting(plans[0]).partition("; ")[2], highlight=False, soft_wrap=True)
-    table = Table(title="by number of GPUs, per GPU")
-    names = ("GPUs", "batch", "weights GiB", "optimizer GiB", "worst GiB", "fits", "worst moment", "sent GB")
-    for name in (*names, "largest batch", "ms"):
-        table.add_column(name, justify="left" if name == "worst moment" else "right")
+    table = Table(title="by number of GPUs; memory in GiB per GPU, images per GPU")
+    for name in ("GPUs", "images", "weights", "optimizer", "whole", "fits", "sent GB", "most", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         parts, sharding = plan.phases[0].parts, plan.memory.sharding
         time = plan.time
@@ -44,10 +42,9 @@ def show_sweep(plans: Sequence[Plan]) -> None:
             _gib(parts["optimizer"]),
             _gib(plan.total),
             "yes" if plan.total <= plan.limit else "no",
-            plan.phases[0].name,
             f"{sum(entry.total for entry in plan.transfers) / GIGA:.2f}",
             str(max(fit.images for fit in plan.fits if not fit.checkpointing)),
-            "" if time is None else f"{1e3 * time.least:.0f} … {1e3 * time.most:.0f}",
+            "" if time is None else f"{1e3 * time.least:.0f}…{1e3 * time.most:.0f}",
         )
     console.print(table)
     console.print(_assumption(plans[0]), highlight=False, soft_wrap=True)
@@ -57,7 +54,7 @@ def show_sweep(plans: Sequence[Plan]) -> None:
 def setting(plan: Plan) -> str:
     """What is planned, in words."""
     config, sharding = plan.memory.config, plan.memory.sharding
-    precision = "bf16 autocast" if plan.memory.product == BF16 else "float32"
+    precision = plan.memory.precision
     recomputed = "recomputed" if config.compute.activation_checkpointing else "kept"
     estimator = f", influence by {plan.memory.estimator}" if config.masking.learns else ""
     model = config.model

@@ -85,7 +85,7 @@ def _build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProces
     """Builds a copy of the sources into ``folder``; nothing of the build lands in the project."""
     source = folder / "source"
     leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for name in ("mlomae", "kernels"):
+    for name in ("mlomae", "kernels", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=leave_out)
     for name in _BUILD_INPUTS:
         shutil.copy(ROOT / name, source)
@@ -109,6 +109,8 @@ def test_wheel_holds_the_two_packages_only(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"mlomae", "mlomae_kernels", dist_info}
     expected = {path.as_posix().removeprefix("kernels/") for path in python_files("mlomae", "kernels")}
     assert expected | {"mlomae/py.typed", "mlomae_kernels/py.typed"} <= names
+    scripts = {f"mlomae/slurm/scripts/{path.name}" for path in (ROOT / "slurm").iterdir()}
+    assert scripts == {name for name in names if name.startswith("mlomae/slurm/scripts/")}
     # Here as where the tests run: built where it can be, left out where it cannot.
     assert ("mlomae_kernels/_C.so" in names) == native_status().available
 

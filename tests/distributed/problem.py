@@ -13,6 +13,7 @@ from mlomae.mlo.schedule import warmup_cosine
 from mlomae.sections import LevelConfig
 
 STEPS = 8
+HALF = STEPS // 2
 
 
 class Model(nn.Module):

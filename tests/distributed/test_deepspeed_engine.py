@@ -19,24 +19,26 @@ from mlomae.distributed.engine import Engine, TorchEngine, state_shapes
 from mlomae.distributed.env import World, join_world, leave_world
 from mlomae.errors import UserError
 from mlomae.sections import LevelConfig
-from tests.distributed.problem import STEPS, batches, fresh_model, rate, run_engine
+from tests.distributed.problem import HALF, STEPS, batches, fresh_model, rate, run_engine
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
+# Under ZeRO 3 nothing stays gathered, and there are several groups.
+SHARDED = {"stage3_param_persistence_threshold": 0, "sub_group_size": 20}
 RATES = {
     "unclipped": LevelConfig(batch_size=6, lr=0.05, weight_decay=0.3, warmup=0.25, clip=0.0),
     "clipped": LevelConfig(batch_size=6, lr=0.05, weight_decay=0.3, warmup=0.25, eps=1e-3, clip=0.05),
 }
-HALF = STEPS // 2
 State = dict[str, Tensor]
 Results = dict[Any, Any]
 
 
-def ds_engine(name: str, rates: LevelConfig, world: World) -> DeepSpeedEngine:
-    return DeepSpeedEngine(fresh_model(), rates, load_ds_config(DS_CONFIGS / name), world)
+def ds_engine(stage: int, rates: LevelConfig, world: World, micro_batches: int = 1) -> DeepSpeedEngine:
+    section = {"stage": stage, **(SHARDED if stage == 3 else {})}
+    return DeepSpeedEngine(fresh_model(), rates, {"zero_optimization": section}, world, micro_batches)
 
 
 def _train_everywhere() -> Results:
@@ -46,20 +48,19 @@ def _train_everywhere() -> Results:
         start = TorchEngine(fresh_model(), rates).snapshot()
         middle, _ = _halves(TorchEngine(fresh_model(), rates), rates)
         for stage in STAGES:
-            engine = ds_engine(f"zero{stage}.json", rates, world)
+            engine = ds_engine(stage, rates, world)
             norm_before = engine.grad_norm
             losses = run_engine(engine, rates)
             results[label, stage] = {
                 "losses": losses,
                 "state": engine.snapshot(),
                 "norms": (norm_before, float(engine.grad_norm or 0)),
-                "moved": _continue_from(middle, ds_engine(f"zero{stage}.json", rates, world), rates),
+                "moved": _continue_from(middle, ds_engine(stage, rates, world), rates),
                 "rewound": _continue_from(start, engine, rates, 0),
-                "handed over": _halves(ds_engine(f"zero{stage}.json", rates, world), rates)[0],
+                "handed over": _halves(ds_engine(stage, rates, world), rates)[0],
             }
     for stage in STAGES:
-        config = load_ds_config(DS_CONFIGS / f"zero{stage}.json")
-        engine = DeepSpeedEngine(fresh_model(), RATES["clipped"], config, world, micro_batches=3)
+        engine = ds_engine(stage, RATES["clipped"], world, micro_batches=3)
         results["micro-batches", stage] = _train_in_parts(engine), float(engine.grad_norm or 0)
     results["autocast"] = _train_in_bfloat16(world)
     results["bad config"] = _refusal(world)
@@ -94,7 +95,8 @@ def _continue_from(state: State, engine: Engine, rates: LevelConfig, step: int =
 
 def _train_in_bfloat16(world: World) -> Results:
     rates = RATES["unclipped"]
-    engine = ds_engine("zero2_bf16.json", rates, world)
+    config = load_ds_config(DS_CONFIGS / "zero2_bf16.json")
+    engine = DeepSpeedEngine(fresh_model(), rates, config, world)
     x, _ = next(batches())
     with engine.autocast():
         inside = engine.module(x).dtype
@@ -242,7 +244,7 @@ def _two_runs() -> list[list[float]]:
     losses = []
     for _ in range(2):
         world = join_world("cpu", always_group=True)
-        losses.append(run_engine(ds_engine("zero1.json", RATES["clipped"], world), RATES["clipped"]))
+        losses.append(run_engine(ds_engine(1, RATES["clipped"], world), RATES["clipped"]))
         leave_world()
     return losses
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mlomae.distributed.ds_config import OWNED_BY_RECIPE, load_ds_config, merge
+from mlomae.distributed.ds_config import OWNED_BY_RECIPE, check_combination, load_ds_config, merge
 from mlomae.errors import UserError
 from mlomae.sections import PretrainConfig
+from tests.integration.tiny import tiny_config
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
@@ -67,20 +68,52 @@ def test_keys_of_the_recipe_are_refused(key: str, tmp_path: Path) -> None:
         ({"zero_optimization": 1}, "zero_optimization is 1, expected an object"),
         ({"torch_autocast": True}, "torch_autocast is True, expected an object"),
         (
-            {"zero_optimization": {"stage": 3}},
-            "zero_optimization.stage is 3, supported are 0, 1 and 2",
+            {"zero_optimization": {"stage": 4}},
+            "zero_optimization.stage is 4, supported are 0, 1, 2 and 3",
         ),
         (
             {"zero_optimization": {"stage": "1"}},
-            "zero_optimization.stage is '1', supported are 0, 1 and 2",
+            "zero_optimization.stage is '1', supported are 0, 1, 2 and 3",
         ),
         (
             {"zero_optimization": {"stage": True}},
-            "zero_optimization.stage is True, supported are 0, 1 and 2",
+            "zero_optimization.stage is True, supported are 0, 1, 2 and 3",
         ),
         (
-            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
-            "zero_optimization.offload_optimizer is not supported; remove it",
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer needs stage 1 or 2 or 3, found 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param needs stage 3, found 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param.device is 'nvme', supported is 'cpu': the hypergradient reads",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "disk"}}},
+            "zero_optimization.offload_optimizer.device is 'disk', supported is 'cpu'",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer is 'cpu', expected an object",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer: ratio and super_offload need DeepSpeed's own Adam",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_optimization.zero_quantized_weights would round what it sends",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size would keep copies of the weights",
+        ),
+        (
+            {"zero_optimization": {"stage": 3}, "prescale_gradients": True},
+            "prescale_gradients does not work with stage 3; remove it",
         ),
         (
             {"torch_autocast": {"enabled": True, "dtyp": "bfloat16"}},
@@ -108,6 +141,35 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     assert refusal_of(tmp_path) == "cannot be read (Is a directory)"
     assert refusal_of(tmp_path / "broken.json").startswith("not valid JSON (Expecting property name")
     assert refusal_of(tmp_path / "binary.json").startswith("not valid JSON ('utf-8' codec can't decode")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"hypergradient.estimator": "jvp"},
+            "hypergradient.estimator: jvp needs whole weights on every rank",
+        ),
+        ({"hypergradient.estimator": "exact"}, "hypergradient.estimator: exact needs whole weights"),
+        ({"compute.execution": "compiled"}, "compute.execution: compiled needs a module without hooks"),
+        ({"compute.execution": "graphs"}, "compute.execution: graphs needs a module without hooks"),
+    ],
+)
+def test_what_zero_3_cannot_do_is_refused(fields: dict[str, Any], message: str) -> None:
+    config = tiny_config(fields)
+    with pytest.raises(UserError) as raised:
+        check_combination(config, {"zero_optimization": {"stage": 3}})
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+    for section in (None, {}, {"zero_optimization": {"stage": 2}}):
+        check_combination(config, section)
+
+
+def test_zero_3_accepts_automatic_choices_and_runs_without_hypergradient() -> None:
+    stage3 = {"zero_optimization": {"stage": 3}}
+    check_combination(tiny_config({}), stage3)
+    check_combination(tiny_config({"masking.policy": "random", "hypergradient.estimator": "jvp"}), stage3)
 
 
 def test_the_recipe_supplies_batch_and_clipping() -> None:

@@ -1,4 +1,4 @@
-"""``python dies.py ITERATION …``: trains as train.py does, but rank 1 dies before ITERATION, the first time."""
+"""``python dies.py ITERATION …``: trains as train.py does, but rank 1 dies before ITERATION, once."""
 
 import os
 import sys

@@ -14,7 +14,7 @@ import pytest
 
 from mlomae.arguments import EXIT_LOST
 from tests.distributed.ranks import free_port
-from tests.integration.tiny import read_metrics, write_recipe
+from tests.integration.tiny import read_metrics, tiny_config, train, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -37,8 +37,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(recipe: Path) -> list[dict[str, Any]]:
     """The metrics of a run that nothing happens to."""
-    assert start([str(TRAIN)], recipe, recipe.parent / "whole").wait(TIMEOUT) == 0
-    return read_metrics(recipe.parent / "whole")
+    run_dir = recipe.parent / "whole"
+    train(tiny_config({"iterations": ITERATIONS, "run_dir": run_dir}))
+    return read_metrics(run_dir)
 
 
 def start(program: list[str], recipe: Path, run_dir: Path, **variables: str) -> subprocess.Popen[str]:
@@ -70,15 +71,14 @@ def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(
     assert LOST.fullmatch(said[0].strip())
     assert read_metrics(tmp_path / "run")[-1]["step"] < ITERATIONS
 
-    assert start([str(TRAIN)], recipe, tmp_path / "run").wait(TIMEOUT) == 0
+    alone = start([str(TRAIN)], recipe, tmp_path / "run")
+    assert (alone.communicate(timeout=TIMEOUT)[1], alone.returncode) == ("", 0)
     assert_equals_whole(tmp_path / "run", whole)
 
 
 def test_torchrun_restarts_by_itself(recipe: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
-    launched = start(
-        [*launcher, "--master_port", str(free_port()), str(DIES), str(DEATH)], recipe, tmp_path / "run"
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
+    launched = start([*launcher, str(DIES), str(DEATH)], recipe, tmp_path / "run")
     said = launched.communicate(timeout=TIMEOUT)[1]
     assert launched.returncode == 0, said
     assert len(LOST.findall(said)) == 1

@@ -1,4 +1,4 @@
-"""Thirty kills at random moments, also while checkpoints are written: the run ends bit for bit as if undisturbed."""
+"""Thirty kills at random moments, also while checkpoints are written: the run ends as if undisturbed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ SCHEDULE = {
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=400, cwd=ROOT, env=None
-    )
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -21,8 +22,12 @@ from mlomae.checkpoint import BackgroundWriter, Checkpoint, Score, best, newest,
 KILLS = 10
 
 
-def save_for_ever(folder: Path) -> None:
-    """Continues from the newest checkpoint like a run does, and saves every step twice."""
+def save_for_ever(folder: Path, begun: int) -> None:
+    """Continues from the newest checkpoint like a run does, and saves every step twice.
+
+    Args:
+        begun: receives a byte when a write has begun, and so the one before it has ended.
+    """
     path = newest(folder)
     step = read(path).step if path else 0
     writer = BackgroundWriter(folder, keep=2)
@@ -32,6 +37,7 @@ def save_for_ever(folder: Path) -> None:
         for _ in range(2):
             # The first step is the best one, which has to stay.
             writer.submit(step, tensors, {"step": step}, Score("loss", float(step)))
+            os.write(begun, b".")
         step += 1
 
 
@@ -45,15 +51,22 @@ def main(run_dir: Path) -> None:
     warnings.simplefilter("error", UserWarning)  # a damaged checkpoint would be reported as a warning
     torch.set_num_threads(1)
     folder = run_dir / "checkpoints"
-    delays = random.Random(0)
+    moments = random.Random(0)
+    done, begun = os.pipe()
     step, interrupted = -1, 0
     for _ in range(KILLS):
         child = os.fork()
         if child == 0:
-            save_for_ever(folder)
-        time.sleep(delays.uniform(0.02, 0.2))
+            save_for_ever(folder, begun)
+        # Counted, not timed: a busy machine gets as far. With four, a new step is saved.
+        for _ in range(moments.randint(1, 6)):
+            assert select.select([done], [], [], 60)[0], "no save within a minute"
+            os.read(done, 1)
+        time.sleep(moments.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        while select.select([done], [], [], 0)[0]:
+            os.read(done, 1)  # of the dead
         interrupted += any(folder.glob(".tmp-*"))
         path = newest(folder)
         if path is None:

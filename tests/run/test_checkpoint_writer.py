@@ -166,6 +166,9 @@ def test_a_write_that_never_ends_is_given_up(folder: Path, monkeypatch: pytest.M
     with pytest.warns(UserWarning, match="^the last checkpoint is not written after"):
         writer.close()
     gate.open()
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 CRASH = """

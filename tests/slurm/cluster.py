@@ -17,6 +17,8 @@ from tests.distributed.ranks import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2")
+# Seconds in which several processes have started Python and torch, on a busy machine too.
+PATIENCE = 180.0
 # Seconds: until the daemons answer, and until a job that was cancelled is gone.
 START, STOP = 20.0, 10.0
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -42,7 +44,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1
-ReturnToService=2
+ReturnToService=0
 SlurmdParameters=config_overrides
 KillWait=5
 JobRequeue=1
@@ -99,7 +101,8 @@ class Cluster:
             return job["Restarts"] == str(restarts) and job["JobState"] == "PENDING"
 
         self.wait_for(f"job {job_id} was requeued {restarts} times", requeued)
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        # Not in the same second: the nodes would take the new attempt's credential for the revoked one.
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
 
     def finish(self, job_id: str) -> dict[str, str]:
         """Waits until a job is over, and returns what is known about it."""
@@ -107,7 +110,7 @@ class Cluster:
         self.wait_for(f"job {job_id} is over", lambda: self.job(job_id)["JobState"] in over)
         return self.job(job_id)
 
-    def wait_for(self, what: str, reached: Callable[[], object], seconds: float = 60.0) -> None:
+    def wait_for(self, what: str, reached: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Looks ten times a second; fails, with the logs of the daemons, when it takes too long."""
         deadline = time.monotonic() + seconds
         while not reached():
@@ -138,7 +141,7 @@ class Cluster:
         if self._daemons:
             subprocess.run(["scancel", "--user", "root"], env=self.environment, capture_output=True)
             deadline = time.monotonic() + STOP
-            while self.processes("slurmstepd") and time.monotonic() < deadline:
+            while self._queue() and time.monotonic() < deadline:
                 time.sleep(0.1)
         # At once: they keep nothing that is needed again, and would wait for each other.
         for daemon in self._daemons:
@@ -172,11 +175,16 @@ class Cluster:
             self._spawn("slurmd", "-D", "-N", node)
         self.wait_for("both nodes are idle", self._idle, START)
 
+    def _queue(self) -> str:
+        asked = subprocess.run(
+            ["squeue", "--noheader"], env=self.environment, capture_output=True, text=True, timeout=STOP
+        )
+        return asked.stdout
+
     def _state(self) -> str:
         """What explains a wait in vain: the queue, and the ends of the daemons' logs."""
-        queue = subprocess.run(["squeue"], env=self.environment, capture_output=True, text=True).stdout
         logs = [path for path in sorted(self.folder.glob("*.log")) if path.stat().st_size]
-        return "\n".join([queue, *(f"== {path.name}\n{path.read_text()[-1500:]}" for path in logs)])
+        return "\n".join([self._queue(), *(f"== {path.name}\n{path.read_text()[-1500:]}" for path in logs)])
 
     def _spawn(self, program: str, *options: str) -> None:
         log = self.folder / f"{'-'.join([program, *options[-1:]]) if program == 'slurmd' else program}.log"
