@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM and SIGUSR1, as schedulers send them before they take a machine back."""
+"""Signals that ask a run to stop, as schedulers send them before they take a machine back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """While entered, a signal to stop raises ``Preempted`` at once, or is remembered where that would lose work.
+    """While entered, SIGTERM and SIGUSR1 raise ``Preempted`` at once, or are remembered where that loses work.
 
     At once: while a run is built and while it is evaluated, which loses nothing. Remembered: while it trains
-    (``deferred``), where the caller asks after every outer iteration. Does nothing outside the main thread, which
-    alone may handle signals.
+    (``deferred``), where the caller asks after every outer iteration. Does nothing outside the main thread,
+    which alone may handle signals.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mlomae.errors import UserError
 
-# By which a collective outlives the watchdog's patience (``mlomae.distributed.watchdog``), which names the rank.
+# Seconds by which a collective outlives the watchdog's patience: that one names the rank.
 GRACE = 60.0
 # Ports of runs under Slurm that name none: from here on, by job and step.
 _FIRST_PORT, _NUM_PORTS = 20000, 10000

@@ -25,8 +25,8 @@ from tests.integration.tiny import without_evaluation
 KILLS = 30
 # What a run imports: once, here, instead of in every fork.
 IMPORTED = ("mlomae.run", "mlomae.preview", "sklearn.datasets", "torch.utils.tensorboard")
-# Seconds, at most, from what is waited for to the kill: from the start, from the first checkpoint, and from when
-# one begins to be written.
+# Seconds, at most, from what is waited for to the kill: from the start, from the first checkpoint, and from
+# when one begins to be written.
 START, TRAINING, WRITING = 1.5, 0.4, 0.01
 PATIENCE = 120.0
 
