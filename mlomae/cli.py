@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlomae: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as stop:
-        print(f"mlomae: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"mlomae: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED
     except LostRank as error:
         print(f"mlomae: error: {error}", file=sys.stderr)

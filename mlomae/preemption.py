@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """While entered, SIGTERM and SIGUSR1 raise ``Preempted`` at once, or are remembered where that loses work.
+    """While entered, SIGTERM and SIGUSR1 raise ``Preempted``: at once, or where nothing is lost by it.
 
-    At once: while a run is built and while it is evaluated, which loses nothing. Remembered: while it trains
-    (``deferred``), where the caller asks after every outer iteration. Does nothing outside the main thread,
-    which alone may handle signals.
+    At once while a run is built and while it is evaluated. While it trains (``deferred``) a signal is only
+    remembered, and the caller asks after every outer iteration. Does nothing outside the main thread, which
+    alone may handle signals.
     """
 
     def __init__(self) -> None:

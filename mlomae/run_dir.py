@@ -6,6 +6,7 @@
 * ``checkpoints/``: see ``mlomae.checkpoint``
 * ``mask.png``: the latest mask picture
 * ``encoder.safetensors``: the encoder of the newest checkpoint, as a timm state dict
+* ``attempts.jsonl``: the attempts of a Slurm job, if it is one (``mlomae.slurm.requeue``)
 * ``bad_samples.jsonl``: images that could not be used, if there were any
 * ``result.json``: the final evaluation; its presence means that the run is complete
 """
