@@ -116,7 +116,7 @@ def _float32(weights: Weights) -> int:
 
 
 def _narrow(memory: Memory, weights: Weights) -> int:
-    """Bytes of gradients as they travel: those of products in bf16, where DeepSpeed runs autocast."""
-    if not memory.sharding.bf16 or memory.sharding.stage is None:
+    """Bytes of gradients as they travel: those of products in bf16, where ZeRO 1, 2 or 3 runs autocast."""
+    if not memory.sharding.bf16 or memory.sharding.zero == 0:
         return _float32(weights)
     return _float32(weights) - (FLOAT32 - BF16) * weights.products

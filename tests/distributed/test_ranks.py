@@ -89,7 +89,9 @@ def _mask_step(trainer: Trainer) -> dict[str, Any]:
     engine = levels.mask.engine
     if isinstance(engine, TorchEngine):
         parameters = parameters_of(engine.module)
-        engine.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad for p in parameters))
+        engine.optimizer.register_step_pre_hook(
+            lambda *_: gradients.extend(p.grad for p in parameters if p.grad is not None)
+        )
     levels.mask.step(masked, direction, ITERATIONS - 2)
     return {
         "perturbed": {"before": before, "after": after},

@@ -19,7 +19,7 @@ from tests.integration.tiny import read_metrics, tiny_config, train, write_recip
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 120
+TIMEOUT = 240
 LOST_AFTER = 3
 LOSSES = ("loss/pretrain", "loss/head", "loss/mask")
 # Names of interfaces are short: the process's number tells those of several test runs apart.

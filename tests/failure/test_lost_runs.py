@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, DIES = ROOT / "train.py", Path(__file__).with_name("dies.py")
-TIMEOUT = 120
+TIMEOUT = 240
 ITERATIONS, DEATH = 12, 7
 LOSSES = ("loss/pretrain", "loss/head", "loss/mask")
 LOST = re.compile(
@@ -47,8 +48,20 @@ def start(program: list[str], recipe: Path, run_dir: Path, **variables: str) -> 
     return subprocess.Popen(
         [sys.executable, *program, "--config", str(recipe), "--run-dir", str(run_dir)],
         env={**environment, "OMP_NUM_THREADS": "1", **variables}, cwd=recipe.parent, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each; all that they have started is dead then."""
+    try:
+        said = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def assert_equals_whole(run_dir: Path, whole: list[dict[str, Any]]) -> None:
@@ -66,20 +79,18 @@ def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(
         start([str(DIES), str(DEATH)], recipe, tmp_path / "run", RANK=rank, LOCAL_RANK=rank, **world)
         for rank in "01"
     ]
-    said = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [EXIT_LOST, -signal.SIGKILL], said
-    assert LOST.fullmatch(said[0].strip())
+    (code, said), (killed, _) = finish(*ranks)
+    assert (code, killed) == (EXIT_LOST, -signal.SIGKILL), said
+    assert LOST.fullmatch(said.strip())
     assert read_metrics(tmp_path / "run")[-1]["step"] < ITERATIONS
 
-    alone = start([str(TRAIN)], recipe, tmp_path / "run")
-    assert (alone.communicate(timeout=TIMEOUT)[1], alone.returncode) == ("", 0)
+    assert finish(start([str(TRAIN)], recipe, tmp_path / "run")) == [(0, "")]
     assert_equals_whole(tmp_path / "run", whole)
 
 
 def test_torchrun_restarts_by_itself(recipe: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
-    launched = start([*launcher, str(DIES), str(DEATH)], recipe, tmp_path / "run")
-    said = launched.communicate(timeout=TIMEOUT)[1]
-    assert launched.returncode == 0, said
+    ((code, said),) = finish(start([*launcher, str(DIES), str(DEATH)], recipe, tmp_path / "run"))
+    assert code == 0, said
     assert len(LOST.findall(said)) == 1
     assert_equals_whole(tmp_path / "run", whole)

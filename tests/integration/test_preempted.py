@@ -1,0 +1,117 @@
+"""A run that a signal stops leaves with its own exit code, and ends later as if nobody had stopped it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from mlomae import checkpoint, trainer
+from mlomae.arguments import EXIT_OK, EXIT_PREEMPTED
+from mlomae.cli import main
+from mlomae.trainer import Trainer
+from tests.integration.tiny import read_metrics, read_result, without_pictures, write_recipe
+
+ITERATIONS = 12
+# Log lines and checkpoints fall on other iterations than the signals below.
+SCHEDULE = {"iterations": ITERATIONS, "log_every": 5, "checkpoint_every": 4, "data.augment": "shift"}
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> Path:
+    assert start(recipe, recipe.parent / "undisturbed") == EXIT_OK
+    return recipe.parent / "undisturbed"
+
+
+def start(recipe: Path, run_dir: Path) -> int:
+    return main(["train", "--config", str(recipe), "--run-dir", str(run_dir)])
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def signal_in(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, iteration: int) -> None:
+    """Sends the signal in the middle of one outer iteration."""
+    iterate = Trainer.iterate
+
+    def interrupted(self: Trainer, current: int) -> Any:
+        if current == iteration:
+            send(number)
+        return iterate(self, current)
+
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("iteration", [0, 5, 7, ITERATIONS - 1])
+def test_training_goes_on_where_it_was_stopped(
+    iteration: int,
+    number: signal.Signals,
+    recipe: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        signal_in(patch, number, iteration)
+        assert start(recipe, tmp_path) == EXIT_PREEMPTED
+
+    # The iteration was finished and is saved, the one after it was not begun.
+    assert capsys.readouterr().err == (
+        f"mlomae: stopped by {number.name} after iteration {iteration + 1}, which is saved; "
+        "the same command goes on\n"
+    )
+    newest = checkpoint.newest(tmp_path / "checkpoints")
+    assert newest is not None and checkpoint.read(newest).step == iteration + 1
+    assert not (tmp_path / "result.json").exists()
+    assert start(recipe, tmp_path) == EXIT_OK
+    assert_same_run(tmp_path, undisturbed)
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    assert read_metrics(actual) == read_metrics(expected)
+    assert read_result(actual) == read_result(expected)
+    last = f"checkpoints/step-{ITERATIONS:08d}"
+    for name in ("encoder.safetensors", f"{last}/training.safetensors"):
+        found, wanted = load_file(actual / name), load_file(expected / name)
+        assert found.keys() == wanted.keys()
+        assert [key for key in wanted if not found[key].equal(wanted[key])] == []
+
+
+def test_the_evaluation_stops_at_once_and_is_repeated(
+    recipe: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "score_features", lambda *given: send(signal.SIGUSR1))
+        assert start(recipe, tmp_path) == EXIT_PREEMPTED
+    assert not (tmp_path / "result.json").exists()
+
+    assert start(recipe, tmp_path) == EXIT_OK
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_run_that_has_not_begun_stops_at_once(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "LevelLoaders", lambda *given: send(signal.SIGTERM))
+
+    assert start(recipe, tmp_path / "run") == EXIT_PREEMPTED
+
+    assert capsys.readouterr().err.startswith("mlomae: stopped by SIGTERM; the same command goes on")
+    assert not (tmp_path / "run").exists()
