@@ -7,7 +7,7 @@ from typing import Any
 
 from mlomae.config import Config
 from mlomae.distributed import collectives
-from mlomae.distributed.ds_config import load_ds_config
+from mlomae.distributed.ds_config import check_combination, load_ds_config
 from mlomae.distributed.env import join_world, leave_world
 from mlomae.distributed.watchdog import Watchdog
 from mlomae.preemption import Preemption
@@ -30,6 +30,7 @@ def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[st
         Preempted: a signal asked to stop.
     """
     ds_config = None if ds_path is None else load_ds_config(ds_path)
+    check_combination(config, ds_config)
     patience = config.failure.lost_after, config.failure.stuck_after
     world = join_world(config.device, always_group=ds_config is not None, patience=max(patience))
     run_dir = RunDir(config.run_dir, config)

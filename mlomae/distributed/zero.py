@@ -222,8 +222,26 @@ class PartitionedShardSpace(ShardSpace):
 
     has_whole_vectors = False
 
+    def __init__(self, engine: Any, module: nn.Module, prefix: str) -> None:
+        super().__init__(engine, module, prefix)
+        # DeepSpeed's mark on the weights of products under autocast.
+        self._rounded = {p: p.comm_dtype for p in module.parameters() if hasattr(p, "comm_dtype")}
+
     def values(self) -> list[Tensor]:
         return [flat.detach() for flat in self._optimizer.fp16_partitioned_groups_flat]
+
+    def write(self, values: Iterable[Tensor]) -> None:
+        self.gather_exactly(False)
+        super().write(values)
+
+    def move(self, point: Vector, direction: Vector, eps: Tensor) -> None:
+        self.gather_exactly(True)
+        super().move(point, direction, eps)
+
+    def gather_exactly(self, exact: bool) -> None:
+        """Whether weights are gathered as they are, or under autocast in bf16, which swallows a perturbation."""
+        for parameter, rounded in self._rounded.items():
+            parameter.comm_dtype = parameter.dtype if exact else rounded
 
     def stepped(self) -> list[Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)
