@@ -222,9 +222,11 @@ class Trainer:
         self.seconds += spent
         self.telemetry.waited_for_device(spent - submitted)
         if due["checkpoint"]:
-            self.save()
+            with profiled("save"):
+                self.save()
         if due["picture"]:
-            self._draw()
+            with profiled("picture"):
+                self._draw()
             writer.image(done, self.run_dir.picture)
 
     def _log(self, masked: MaskedBatch, logbook: Logbook) -> None:
@@ -306,6 +308,7 @@ class Trainer:
         Returns:
             The precision in which it was trained; None where there is none, or where it does not tell.
         """
+        position.part = "load"
         path = checkpoint.newest(self.run_dir.checkpoints) if self.world.primary else None
         path = collectives.broadcast_object(path)
         if path is None:
@@ -351,10 +354,9 @@ class Trainer:
         features = {}
         if self.loaders.num_classes is not None:
             encoders = {"": encode} | ({"pixel_": pixels} if self.config.eval.pixels else {})
-            features = {
-                prefix: collect_features(encode, self.loaders, self.world)
-                for prefix, encode in encoders.items()
-            }
+            for prefix, features_of in encoders.items():
+                with profiled("evaluate/features"):
+                    features[prefix] = collect_features(features_of, self.loaders, self.world)
         self.bad_samples.exchange()
         # From here on rank 0 is on its own: others would wait for it in vain.
         if not self.world.primary:

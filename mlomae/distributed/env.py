@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore  # torch's __all__ omits them
 
 from mlomae.errors import UserError
 
@@ -131,7 +132,7 @@ def _join_group(backend: str, rank: int, size: int, timeout: float) -> None:
     if size == 1:
         # Nobody to meet: no port, and no launcher whose variables DeepSpeed insists on.
         os.environ.setdefault("LOCAL_RANK", "0")
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's __all__ omits it
+        store = HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -140,7 +141,15 @@ def _join_group(backend: str, rank: int, size: int, timeout: float) -> None:
             f"environment variable {missing[0]}: missing with WORLD_SIZE={size}; "
             "start with torchrun, deepspeed or srun"
         )
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
+        address, port = os.environ["MASTER_ADDR"], _integer("MASTER_PORT", 0)
+        agent = TCPStore(address, port, is_master=False, timeout=limit)
+        attempt = PrefixStore(f"attempt-{_integer('TORCHELASTIC_RESTART_COUNT', 0)}", agent)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=limit)
+    else:
+        dist.init_process_group(backend, timeout=limit)
 
 
 def leave_world() -> None:

@@ -239,7 +239,7 @@ class PartitionedShardSpace(ShardSpace):
         super().move(point, direction, eps)
 
     def gather_exactly(self, exact: bool) -> None:
-        """Whether weights are gathered as they are, or under autocast in bf16, which swallows a perturbation."""
+        """Whether to gather weights as they are; under autocast otherwise in bf16, which swallows a move."""
         for parameter, rounded in self._rounded.items():
             parameter.comm_dtype = parameter.dtype if exact else rounded
 
