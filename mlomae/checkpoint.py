@@ -212,6 +212,12 @@ class BackgroundWriter:
         if failure is not None:
             raise failure
 
+    def linger(self, seconds: float) -> None:
+        """Gives a write in progress some time, before the process is ended from another thread."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+
     def close(self) -> None:
         """``finish`` on the way out of a run that failed.
 

@@ -15,6 +15,7 @@ from mlomae.data.loader import LevelLoaders, Part
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 from mlomae.errors import UserError
+from mlomae.ranges import position
 
 Array = np.ndarray
 Encode = Callable[[Tensor], Tensor]
@@ -110,6 +111,7 @@ def _features(encode: Encode, loaders: LevelLoaders, part: Part, world: World) -
     """One part's features on rank 0; every rank computes its share of the batches."""
     rows: list[tuple[Array, Array]] = []
     for batch in loaders.evaluation(part):
+        position.number += 1  # on all ranks: whoever computes it, it is progress
         if batch.number % world.size == world.rank:
             assert batch.labels is not None
             features = encode(batch.images.to(world.device)).float().cpu().numpy()

@@ -45,7 +45,7 @@ class Preemption:
     @property
     def reason(self) -> str:
         """The signal in words; another rank's where this process received none."""
-        return "another rank was asked to" if self._received is None else self._received.name
+        return "a signal to another rank" if self._received is None else self._received.name
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -55,10 +55,9 @@ class Preemption:
             Preempted: on leaving, if a signal came after the last question.
         """
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+        yield
+        # Not after an exception: the run is leaving, and another signal would only disturb it.
+        self._deferred = False
         if self._received is not None:
             raise self._stop()
 

@@ -8,11 +8,16 @@ from typing import Any
 from mlomae.config import Config
 from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import check_combination, load_ds_config
-from mlomae.distributed.env import join_world, leave_world
+from mlomae.distributed.env import join_world, leave_world, was_requeued
 from mlomae.distributed.watchdog import Watchdog
 from mlomae.preemption import Preemption
 from mlomae.run_dir import RunDir, Status
 from mlomae.trainer import Trainer
+
+# Seconds for which a checkpoint may still be written when this process has to end.
+WRITING = 30.0
+# Seconds in which a requeued job's last attempt, on a node that Slurm gave up, may still let go of the run.
+LEAVING = 120.0
 
 
 def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[str, Any]:
@@ -35,12 +40,16 @@ def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[st
     world = join_world(config.device, always_group=ds_config is not None, patience=max(patience))
     run_dir = RunDir(config.run_dir, config)
     try:
-        with Watchdog(world, *patience):
-            if run_dir.claim(primary=False) is Status.COMPLETE:
+        with Watchdog(world, *patience) as watchdog:
+            # Rank 0's answer: a network disk may show the others an older state.
+            status = collectives.broadcast_object(run_dir.claim(primary=False))
+            if status is Status.COMPLETE:
                 return run_dir.read_result() if world.primary else {}
             # Built before the directory is taken: bad data leaves nothing behind.
             trainer = Trainer(config, run_dir, world, ds_config, preemption)
-            collectives.on_primary(lambda: run_dir.claim(primary=True))
+            watchdog.before_end = lambda: trainer.writer.linger(WRITING)
+            wait = LEAVING if was_requeued() else 0.0
+            collectives.on_primary(lambda: run_dir.claim(primary=True, wait=wait))
             return trainer.fit()
     finally:
         run_dir.release()

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -73,11 +74,15 @@ class RunDir:
     def result(self) -> Path:
         return self.path / "result.json"
 
-    def claim(self, primary: bool) -> Status:
+    def claim(self, primary: bool, wait: float = 0.0) -> Status:
         """Checks that the directory is free for this run; the primary rank also creates and locks it.
 
         Other ranks only read. The status does not depend on the order in which ranks ask: claiming
         leaves neither a checkpoint nor a result.
+
+        Args:
+            primary: whether this is the rank that writes.
+            wait: seconds for another process to let go of the directory.
 
         Returns:
             COMPLETE if there is a result, else RESUME if there is a checkpoint, else NEW.
@@ -88,7 +93,7 @@ class RunDir:
         """
         self._check_contents()
         if primary:
-            self._acquire()
+            self._acquire(wait)
             self._check_contents()  # again, now that nobody else can change them
             if not self.config.exists():
                 write_atomically(self.config, self._config_text.encode())
@@ -143,7 +148,7 @@ class RunDir:
             found = f"holds a different run ({first_few(differences)})"
             raise self._refusal(f"{found}; choose another run_dir or delete it")
 
-    def _acquire(self) -> None:
+    def _acquire(self, wait: float) -> None:
         if self._lock is not None:
             return
         try:
@@ -151,8 +156,16 @@ class RunDir:
             lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise self._refusal(f"cannot be written ({error.strerror})") from None
+        deadline = time.monotonic() + wait
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.5)
         except OSError as error:
             lock.seek(0)
             owner = lock.read().strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
 from mlomae.distributed.agreement import Agreement
 from mlomae.distributed.ds_config import zero_stage
+from mlomae.distributed.engine import MOMENTS
 from mlomae.distributed.env import World
 from mlomae.errors import Preempted, UserError
 from mlomae.evaluate import collect_features, pixels, score_features
@@ -125,7 +127,7 @@ class Trainer:
 
     def _train(self, writer: MetricsWriter, logbook: Logbook) -> None:
         """All iterations that are left; ends with everything saved."""
-        agreement = Agreement()
+        agreement = Agreement(max(self.config.failure.lost_after, self.config.failure.stuck_after))
         while self.iteration < self.config.iterations:
             started = time.perf_counter()
             masked = self.iterate(self.iteration)
@@ -135,7 +137,7 @@ class Trainer:
             if agreement.anywhere(self.preemption.requested):
                 if self.saved != self.iteration:
                     self._settle(logbook)
-                    self.save()
+                    self.save(scheduled=False)
                 collectives.on_primary(self.writer.finish)
                 raise Preempted(
                     f"stopped by {self.preemption.reason} after iteration {self.iteration}, which is saved; "
@@ -280,8 +282,12 @@ class Trainer:
         assert isinstance(module, MaskedAutoencoder)
         return module
 
-    def save(self) -> None:
-        """Takes a checkpoint, which rank 0 writes while the training goes on; called on every rank."""
+    def save(self, scheduled: bool = True) -> None:
+        """Takes a checkpoint, which rank 0 writes while the training goes on; called on every rank.
+
+        Args:
+            scheduled: one out of schedule gets no score: of a few iterations it would be noise.
+        """
         levels = self.levels.by_name()
         tensors = {
             f"{name}.{key}": tensor
@@ -297,7 +303,8 @@ class Trainer:
         }
         if self.levels.mask is not None:
             state["hypergradient"] = self.levels.mask.hypergradient.state_dict()
-        scalars = self.score_meter.take()
+        scalars = self.score_meter.take() if scheduled else {}
+        state["score"] = self.score_meter.state_dict()
         score = Score(self.scored, Scalars(scalars).read()[self.scored]) if scalars else None
         collectives.on_primary(lambda: self.writer.submit(self.iteration, tensors, state, score))
         self.saved = self.iteration
@@ -309,8 +316,9 @@ class Trainer:
             The precision in which it was trained; None where there is none, or where it does not tell.
         """
         position.part = "load"
-        path = checkpoint.newest(self.run_dir.checkpoints) if self.world.primary else None
-        path = collectives.broadcast_object(path)
+        found: list[Path] = []
+        collectives.on_primary(lambda: found.extend(self._usable_checkpoint()))
+        path = next(iter(collectives.broadcast_object(found)), None)
         if path is None:
             return None
         if not path.is_dir():
@@ -324,6 +332,8 @@ class Trainer:
             f"{name}.{key}": shape
             for name, level in levels.items()
             for key, shape in level.engine.shapes().items()
+            # A level whose first step was skipped has no moments yet.
+            if loaded.part(name)["step"] or not key.startswith(MOMENTS)
         }
         checkpoint.match(loaded, expected)
         for name, level in levels.items():
@@ -332,9 +342,25 @@ class Trainer:
         if self.levels.mask is not None:
             self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
         self.meters.load_state_dict(loaded.state["meters"], self.world.device)
+        self.score_meter.load_state_dict(loaded.state["score"], self.world.device)
         self.iteration = self.saved = loaded.state["iteration"]
         self.seconds = loaded.state["seconds"]
         return loaded.state["precision"]
+
+    def _usable_checkpoint(self) -> list[Path]:
+        """The newest intact checkpoint, if there is one.
+
+        Raises:
+            UserError: none of those that are there can be used; to begin anew would remove them.
+        """
+        folder = self.run_dir.checkpoints
+        path = checkpoint.newest(folder)
+        if path is None and any(folder.glob("step-*")):
+            raise UserError(
+                f"{folder}: none of the checkpoints can be used (see the warnings); put an intact one there, "
+                "or choose another run_dir"
+            )
+        return [] if path is None else [path]
 
     def evaluate(self) -> dict[str, Any]:
         """Scores the encoder on the test set and writes ``result.json``; called on every rank."""
@@ -364,5 +390,8 @@ class Trainer:
         for prefix, parts in features.items():
             result |= score_features(parts, prefix, self.config.eval.knn_k)
         result["bad_samples"] = len(self.loaders.ledger)
-        self.run_dir.write_result(result)
+        try:
+            self.run_dir.write_result(result)
+        except OSError as error:
+            raise UserError(f"{self.run_dir.result}: cannot be written ({error.strerror})") from None
         return result

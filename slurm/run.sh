@@ -15,7 +15,7 @@ fi
 # The ranks meet at the first node, under the address by which Slurm reaches it: its name need not resolve.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=$(scontrol --oneliner show node "${nodes[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_ADDR
+export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}}
 
 # srun and the ranks get the signals as well; this shell stays to see how they end. Slurm sends it SIGTERM
 # only when the whole job is over: cancelled, past its time limit, or requeued by Slurm itself.

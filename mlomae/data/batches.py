@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
@@ -160,6 +161,17 @@ def permutation(length: int, seed: int, device: torch.device) -> Tensor:
     return order if device.type == "cpu" else order.pin_memory().to(device, non_blocking=True)
 
 
+def outlive_signals(worker: int) -> None:
+    """In a loader process: to stop a whole job is up to the training, which ends its loaders itself."""
+
+    def once(number: int, frame: object) -> None:
+        # A loader that hangs is ended by another SIGTERM, of torch's.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)
+
+
 def iterate(
     batches: Batches, numbers: Iterable[int], workers: int, pin: bool = False
 ) -> Generator[PixelBatch, None, None]:
@@ -179,6 +191,7 @@ def iterate(
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),
+        worker_init_fn=outlive_signals,
     )
     for batch in loader:
         if isinstance(batch, UserError):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from mlomae.data.batches import Order, PixelBatch
+from mlomae.data.batches import Order, PixelBatch, outlive_signals
 from mlomae.data.faults import BadSample
 from mlomae.data.shards.source import ShardSource
 from mlomae.data.subset import Loaded, Subset, stride_of
@@ -89,6 +89,7 @@ class LaneBatches:
                 batch_size=None,
                 num_workers=1,
                 generator=torch.Generator(),
+                worker_init_fn=outlive_signals,
             )
             for share in shares
         ]

@@ -6,9 +6,11 @@ import glob
 import http.client
 import io
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.error import HTTPError, URLError
@@ -85,7 +87,7 @@ def open_stream(url: str) -> BinaryIO:
         if not is_remote(url):
             return open(local_path(url), "rb")
         # Not by webdataset's curl, which does not say why it failed.
-        raw = _WebBody(url) if _is_web(url) else _CommandOutput(gopen(url, "rb", bufsize=0))
+        raw = _WebBody(url) if _is_web(url) else _run_command(partial(gopen, url, "rb", bufsize=0))
         return cast(BinaryIO, io.BufferedReader(raw, BUFFER))
     except FileNotFoundError as error:
         if not is_remote(url) or error.filename is None:
@@ -191,6 +193,16 @@ class _WebBody(io.RawIOBase):
         if not self.closed and hasattr(self, "_response"):
             self._response.close()
         super().close()
+
+
+def _run_command(start: Callable[[], Any]) -> _CommandOutput:
+    """Starts a command that outlives SIGUSR1 to the whole job: to stop is up to the training."""
+    # A blocked signal stays blocked in what is started; a handler would not.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        return _CommandOutput(start())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _CommandOutput(io.RawIOBase):

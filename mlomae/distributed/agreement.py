@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from mlomae.distributed.env import GRACE
 
 
 class Agreement:
     """A process group of its own, of hosts: to agree on a flag waits for no device.
 
     Created on all ranks together.
+
+    Args:
+        patience: seconds after which the watchdog gives up waiting for a rank; this group waits longer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
+        limit = timedelta(seconds=patience + GRACE)
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group: Any = dist.new_group(backend="gloo") if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=limit) if several else None
 
     def anywhere(self, flag: bool) -> bool:
         """Whether any rank's flag is set; called on all ranks together."""

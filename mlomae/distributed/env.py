@@ -152,6 +152,11 @@ def _join_group(backend: str, rank: int, size: int, timeout: float) -> None:
         dist.init_process_group(backend, timeout=limit)
 
 
+def was_requeued() -> bool:
+    """Whether this is a later attempt of a Slurm job."""
+    return _integer("SLURM_RESTART_COUNT", 0) > 0
+
+
 def leave_world() -> None:
     """Leaves the process group, if one was joined."""
     if dist.is_initialized():

@@ -150,7 +150,7 @@ class Judge:
             return True
         if code == EXIT_OK:
             return False
-        return now - peer.ended_at >= (self._stuck_after if code == EXIT_PREEMPTED else self._lost_after)
+        return now - peer.ended_at >= self._lost_after
 
     def _lost(self, lost: list[_Peer], reason: str) -> Verdict:
         first = min(lost, key=lambda peer: (peer.place, peer.rank))

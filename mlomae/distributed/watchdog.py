@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -63,8 +64,12 @@ class Watchdog:
         stuck_after: seconds without progress of any rank (``mlomae.ranges.position``) after which those
             behind count as stuck.
 
+    Attributes:
+        before_end: called in the thread before it ends the process; has to come to an end itself.
+
     Raises:
         UserError: on entering, where rank 0 cannot be reached.
+        LostRank: on leaving, where a collective failed and nobody is to blame.
     """
 
     def __init__(self, world: World, lost_after: float, stuck_after: float) -> None:
@@ -74,6 +79,7 @@ class Watchdog:
         self._broken = False
         self._leaving: tuple[int, str] | None = None
         self._thread: threading.Thread | None = None
+        self.before_end: Callable[[], object] | None = None
 
     def __enter__(self) -> Watchdog:
         world = self._world
@@ -104,6 +110,14 @@ class Watchdog:
             # The thread ends the process as soon as it is clear who is missing.
             self._broken = True
             _join(self._thread, self._lost_after + _LINGER)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            error = LostRank(
+                f"a message between ranks failed, and none of them is known to be lost ({reason}); "
+                "start again to resume from the last checkpoint"
+            )
+            self._leaving = _ending(error)
+            _join(self._thread, 2 * _LINGER)
+            raise error from None
         self._leaving = _ending(error)
         _join(self._thread, 2 * _LINGER)
 
@@ -149,6 +163,8 @@ class Watchdog:
             os.write(2, f"mlomae: error: {verdict.line}\n".encode())
         if wire is not None:
             wire.finish(_LINGER)
+        if self.before_end is not None:
+            self.before_end()
         # The main thread may never return from a collective, and destroying a broken group may hang.
         os._exit(verdict.code)
 

@@ -8,7 +8,7 @@ from mlomae.config import Config
 from mlomae.planning.memory import Memory
 
 # Far above what any GPU holds: ends the search where a batch costs next to nothing.
-_LARGEST = 1 << 16
+LARGEST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def largest_batch(memory: Memory, limit: int, checkpointing: bool, micro_batches
         worst = tried.worst()
         return worst.total + tried.runtime(worst) <= limit
 
-    low, high = 0, _LARGEST // micro_batches
+    low, high = 0, LARGEST // micro_batches
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -85,16 +85,17 @@ def _batch_fields(batch: int | None) -> dict[str, str]:
 def _memory(known: argparse.Namespace, config: Config, gpus: int) -> Memory:
     import torch
 
-    from mlomae.distributed.ds_config import load_ds_config
+    from mlomae.distributed.ds_config import check_combination, load_ds_config
     from mlomae.planning.memory import Memory
-    from mlomae.planning.sharding import Sharding, read_sharding
+    from mlomae.planning.sharding import Sharding, read_sharding, shipped
     from mlomae.precision import resolve_precision
 
     ds_config: dict[str, Any] | None = None
     if known.deepspeed_config is not None:
         ds_config = load_ds_config(known.deepspeed_config)
     elif known.zero is not None:
-        ds_config = {"zero_optimization": {"stage": known.zero}}
+        ds_config = shipped(known.zero)
+    check_combination(config, ds_config)
     precision = resolve_precision(config.compute.precision, torch.device("cuda"), ds_config)
     sharding = Sharding(gpus) if ds_config is None else read_sharding(ds_config, gpus, precision == "bf16")
     return Memory(config, sharding, precision, known.classes)
@@ -137,7 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(
-        "--zero", type=int, choices=range(4), help="stage of DeepSpeed ZeRO; without it, plain torch"
+        "--zero",
+        type=int,
+        choices=range(4),
+        help="stage of DeepSpeed ZeRO, sizes as in ds_configs/; without it, plain torch",
     )
     ways.add_argument(
         "--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE", help="stage and buffers"

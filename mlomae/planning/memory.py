@@ -130,9 +130,11 @@ class Memory:
         }
 
     def host(self) -> int:
-        """Bytes in host memory: an optimizer that was offloaded, its gradients and the copies it sends."""
-        shard = FLOAT32 * self.sharding.vector(self.autoencoder.trainable)
-        return self.sharding.optimizer(self.autoencoder) + 2 * shard if self.sharding.offload else 0
+        """Bytes in host memory: an offloaded optimizer with its gradients and copies, offloaded weights."""
+        sharding, main = self.sharding, self.autoencoder
+        optimizer = sharding.optimizer(main) + 2 * FLOAT32 * sharding.vector(main.trainable)
+        weights = FLOAT32 * sharding.share(main.all)
+        return sharding.offload * optimizer + sharding.offload_weights * weights
 
     def phases(self) -> list[Phase]:
         """Every phase that may be the worst."""

@@ -94,6 +94,7 @@ def values(plan: Plan) -> dict[str, Any]:
             "source": plan.rate.source,
             "measured": plan.rate.measured,
             "seconds_compute": plan.time.compute,
+            "link_gb_per_second": plan.time.link,
             "seconds_communication": plan.time.communication,
             "seconds_if_all_overlaps": plan.time.least,
             "seconds_if_nothing_overlaps": plan.time.most,

@@ -17,13 +17,14 @@ class Sharding:
     Attributes:
         ranks: how many.
         stage: of ZeRO; None for plain torch, which replicates like stage 0.
-        bucket: ``reduce_bucket_size``.
+        bucket: ``reduce_bucket_size``; the engine takes no more than the module has trainable weights.
         overlap: ``overlap_comm``, which doubles the bucket under ZeRO 1 and 2.
         reuse: what ZeRO 3 keeps gathered for the backward pass, ``stage3_max_reuse_distance`` and
             ``stage3_max_live_parameters``, whichever is less.
         prefetch: ``stage3_prefetch_bucket_size``.
         persistent: ``stage3_param_persistence_threshold``: smaller tensors stay gathered.
         offload: whether the optimizer's state and the master weights lie in host memory.
+        offload_weights: whether ZeRO 3's shards of the weights do.
         bf16: whether DeepSpeed reduces (and under ZeRO 3 gathers) the weights of products in bf16.
     """
 
@@ -35,6 +36,7 @@ class Sharding:
     prefetch: int = 50_000_000
     persistent: int = 100_000
     offload: bool = False
+    offload_weights: bool = False
     bf16: bool = False
 
     @property
@@ -59,7 +61,7 @@ class Sharding:
         if self.zero < 3:
             return FLOAT32 * weights.all
         small = sum(size for size in weights.tensors if size <= self.persistent)
-        return FLOAT32 * (self.share(weights.all) + small)
+        return FLOAT32 * (small if self.offload_weights else self.share(weights.all) + small)
 
     def gathered(self, weights: Weights, largest: int) -> int:
         """Bytes of whole weights that lie beside the shards while ZeRO 3 passes through the layers.
@@ -84,13 +86,26 @@ class Sharding:
 
     def buckets(self, weights: Weights) -> int:
         """Bytes of the buffers in which gradients wait to be reduced, while they exist."""
+        bucket = min(weights.trainable, self.bucket)
         if self.zero == 0:
             # DeepSpeed's own reduction copies gradients into one flat tensor.
-            copied = self.stage == 0 and self.ranks > 1
-            return FLOAT32 * min(weights.trainable, self.bucket) if copied else 0
+            return FLOAT32 * bucket if self.stage == 0 and self.ranks > 1 else 0
         if self.zero == 3:
-            return self.bucket * (FLOAT32 + (2 if self.bf16 else 0))
-        return FLOAT32 * self.bucket * (1 + self.overlap) * (1 + self.bf16)
+            return bucket * (FLOAT32 + (2 if self.bf16 else 0))
+        return FLOAT32 * bucket * (1 + self.overlap) * (1 + self.bf16)
+
+
+def shipped(stage: int) -> dict[str, Any]:
+    """A DeepSpeed configuration with the stage and the sizes of that in ``ds_configs/``."""
+    sizes: dict[str, Any] = {"overlap_comm": stage >= 2, "reduce_bucket_size": 25_000_000} if stage else {}
+    if stage == 3:
+        sizes |= {
+            "stage3_prefetch_bucket_size": 25_000_000,
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_max_live_parameters": 100_000_000,
+            "stage3_max_reuse_distance": 25_000_000,
+        }
+    return {"zero_optimization": {"stage": stage, **sizes}}
 
 
 def read_sharding(ds_config: Mapping[str, Any], ranks: int, bf16: bool) -> Sharding:
@@ -116,5 +131,6 @@ def read_sharding(ds_config: Mapping[str, Any], ranks: int, bf16: bool) -> Shard
         prefetch=int(zero.get("stage3_prefetch_bucket_size", default.prefetch)),
         persistent=int(zero.get("stage3_param_persistence_threshold", default.persistent)),
         offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
         bf16=bf16,
     )

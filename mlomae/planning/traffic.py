@@ -90,11 +90,10 @@ def _influence(memory: Memory, due: float) -> list[Transfer]:
     evaluations = {"fd": 2, "fd-forward": 1}.get(name, 1)
     if sharding.zero == 0:
         return []
-    if sharding.zero == 3:
-        return [
-            _gather(memory, "influence", "moved weights, gathered", memory.autoencoder, evaluations * due)
-        ]
     whole = _ring(memory, _float32(memory.autoencoder))
+    if sharding.zero == 3:
+        # In float32 always: bf16 would swallow the perturbation.
+        return [Transfer("influence", "moved weights, gathered", evaluations * due, whole)]
     if name == "jvp":
         return [Transfer("influence", "weights before the step and v, gathered", 2 * due, whole)]
     # Each move, and the way back.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from mlomae.planning.batch import LARGEST
 from mlomae.planning.memory import CONTEXT_BYTES, GIB, LASTING, LOST_SHARE, NCCL_BYTES
 from mlomae.planning.plan import Plan
 from mlomae.planning.times import GIGA
@@ -84,7 +85,8 @@ def time_line(plan: Plan) -> str:
     return (
         f"time of an outer iteration ({what}): {1e3 * time.least:.1f} ms if communication is hidden, "
         f"{1e3 * time.most:.1f} ms if nothing overlaps (arithmetic {1e3 * time.compute:.1f} ms, "
-        f"communication {1e3 * time.communication:.1f} ms at {time.link:g} GB/s); {_time_source(plan)}"
+        f"communication {1e3 * time.communication:.1f} ms if links reach {time.link:g} GB/s); "
+        f"{_time_source(plan)}"
     )
 
 
@@ -144,7 +146,8 @@ def _batches(plan: Plan) -> Table:
     for fit in plan.fits:
         kept = "recomputed" if fit.checkpointing else "kept"
         images = fit.images * plan.memory.sharding.ranks
-        table.add_row(kept, str(fit.micro_batches), str(fit.images), str(images))
+        more = "more than " if fit.images >= LARGEST // fit.micro_batches * fit.micro_batches else ""
+        table.add_row(kept, str(fit.micro_batches), f"{more}{fit.images}", f"{more}{images}")
     return table
 
 

@@ -1,6 +1,6 @@
 """``python -m mlomae.slurm``: prints where the job scripts lie; Slurm runs a copy of one alone."""
 
-from mlomae.slurm import scripts
+from mlomae.slurm import scripts_folder
 
 if __name__ == "__main__":
-    print(scripts())
+    print(scripts_folder())

@@ -15,7 +15,7 @@ from pathlib import Path
 from mlomae.arguments import EXIT_OK, Parser, positive
 from mlomae.config import Config
 from mlomae.errors import UserError
-from mlomae.slurm import scripts
+from mlomae.slurm import scripts_folder
 
 # Options that sbatch has under the same name.
 PASSED_ON = ("time", "partition", "account", "qos", "job-name", "cpus-per-task")
@@ -128,7 +128,7 @@ def _runs(sweep: Path | None, shared: Sequence[str]) -> dict[str, list[str]]:
 
 def _job(known: argparse.Namespace, shared: Sequence[str], runs: dict[str, list[str]]) -> Job:
     name = "many_nodes" if known.nodes > 1 else "one_node"
-    script = scripts() / f"{name if known.sweep is None else 'sweep'}.sbatch"
+    script = scripts_folder() / f"{name if known.sweep is None else 'sweep'}.sbatch"
     options = ["--nodes", str(known.nodes)]
     arguments = list(shared)
     if known.sweep is not None:
@@ -155,9 +155,9 @@ def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> None:
 
     config, ds_path = _parse(arguments)
     if ds_path is not None:
-        from mlomae.distributed.ds_config import load_ds_config
+        from mlomae.distributed.ds_config import check_combination, load_ds_config
 
-        load_ds_config(ds_path)
+        check_combination(config, load_ds_config(ds_path))
     if gpus == 0 and config.device == "cuda":
         raise UserError("device: found cuda with --gpus-per-node 0; use cpu or ask for GPUs")
     for level in ("pretrain", "head", "mask") if config.masking.learns else ("pretrain",):

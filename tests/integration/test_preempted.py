@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlomae import checkpoint, trainer
 from mlomae.arguments import EXIT_OK, EXIT_PREEMPTED
 from mlomae.cli import main
 from mlomae.trainer import Trainer
+from tests.integration.test_resume import ROOT, interrupt
 from tests.integration.tiny import read_metrics, read_result, without_pictures, write_recipe
 
 ITERATIONS = 12
@@ -115,3 +117,18 @@ def test_a_run_that_has_not_begun_stops_at_once(
 
     assert capsys.readouterr().err.startswith("mlomae: stopped by SIGTERM; the same command goes on")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_spares_the_loaders(
+    number: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
+    long = ["--iterations", "100000", "--data.workers", "1", "--data.resident", "never"]
+    command = [sys.executable, ROOT / "train.py", "--config", recipe, "--run-dir", tmp_path / "run", *long]
+
+    code, errors = interrupt([str(word) for word in command], tmp_path / "run", 10, number)
+
+    assert code == EXIT_PREEMPTED
+    assert errors.startswith(f"mlomae: stopped by {number.name} after iteration ")
+    assert len(errors.splitlines()) == 1

@@ -10,8 +10,11 @@ import pytest
 
 from mlomae.cli import main
 from mlomae.config import load_config
+from mlomae.distributed.ds_config import load_ds_config
 from mlomae.flops import iteration_flops
+from mlomae.planning.sharding import read_sharding, shipped
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE = ["plan", "--model", "vit_base_patch16"]
 P_VIT_B = 111_654_400
 
@@ -31,7 +34,14 @@ def test_a_pretrain_step_sends_what_its_stage_sends(capsys: pytest.CaptureFixtur
     sent = by_what(plan(capsys, *words), "pretrain")
     # Two steps. To gather or to scatter, each rank sends 7 of 8 parts.
     unit = 2 * 4 * P_VIT_B * 7 / 8
-    assert sum(sent.values()) == pytest.approx(2 * unit, rel=0.01)
+    # ZeRO 3 gathers its weights for the forward pass and again for the backward pass.
+    assert sum(sent.values()) == pytest.approx((3 if stage == "3" else 2) * unit, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_alone_stands_for_the_configuration_that_is_shipped(stage: int) -> None:
+    there = load_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
+    assert read_sharding(shipped(stage), 8, bf16=False) == read_sharding(there, 8, bf16=False)
 
 
 def test_shards_shrink_with_the_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.distributed.ranks import free_port
@@ -148,7 +149,8 @@ class Cluster:
             daemon.kill()
             daemon.wait()
         for pid in self.processes(""):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _start(self) -> None:
         for name in ("state", *(f"spool-{node}" for node in NODES)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlomae.slurm import scripts
+from mlomae.slurm import scripts_folder
 from tests.integration.tiny import write_recipe
 from tests.slurm.cluster import Cluster
 
@@ -25,7 +25,7 @@ def submit(cluster: Cluster, python: Path, tmp_path: Path) -> Submit:
     def run(train: str, *options: str, script: str = "one_node", arguments: tuple[str, ...] = ()) -> str:
         (tmp_path / "train.sh").write_text(train)
         words = [*options, "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--output=log"]
-        target = [str(scripts() / f"{script}.sbatch"), *arguments, "--config", recipe]
+        target = [str(scripts_folder() / f"{script}.sbatch"), *arguments, "--config", recipe]
         if script != "sweep":
             target += ["--run-dir", "run"]
         return cluster.run(
@@ -134,4 +134,4 @@ def test_more_tasks_than_gpus_are_refused(cluster: Cluster, tmp_path: Path, pyth
     tasks = {"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_NTASKS_PER_NODE": "1", "MLOMAE_PYTHON": str(python)}
     words = [f"{name}={value}" for name, value in tasks.items()]
     with pytest.raises(AssertionError, match="--ntasks-per-node: found 1, expected 8, one task per GPU"):
-        cluster.run("env", *words, scripts() / "one_node.sbatch")
+        cluster.run("env", *words, scripts_folder() / "one_node.sbatch")

@@ -14,7 +14,7 @@ import pytest
 
 from mlomae.cli import main
 from mlomae.config import dump_config
-from mlomae.slurm import scripts
+from mlomae.slurm import scripts_folder
 from tests.integration.tiny import tiny_config, write_recipe
 
 SCRIPTS = ("one_node", "many_nodes", "sweep")
@@ -67,7 +67,7 @@ def test_options_override_those_of_the_script(
     assert words == [
         f"MLOMAE_PYTHON={sys.executable}", "sbatch", "--parsable", "--nodes", nodes, "--gpus-per-node", "4",
         "--ntasks-per-node", "4", "--time", "8:00:00", "--job-name", "a b",
-        str(scripts() / f"{script}.sbatch"), "--config", str(recipe), "--pretrain.lr", "1e-4",
+        str(scripts_folder() / f"{script}.sbatch"), "--config", str(recipe), "--pretrain.lr", "1e-4",
     ]  # fmt: skip
 
 
@@ -77,8 +77,8 @@ def test_dry_run_shows_the_whole_script_and_needs_no_slurm(
     monkeypatch.setenv("PATH", "/nonexistent")
     assert submit("--config", recipe, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert (scripts() / "one_node.sbatch").read_text() in printed
-    assert (scripts() / "run.sh").read_text() in printed
+    assert (scripts_folder() / "one_node.sbatch").read_text() in printed
+    assert (scripts_folder() / "run.sh").read_text() in printed
 
 
 def test_submitted_job_is_named(
@@ -87,7 +87,7 @@ def test_submitted_job_is_named(
     assert submit(recipe, "--seed", "3") == 0
     assert capsys.readouterr() == ("job: 31\n", "sbatch: billed to nobody\n")
     arguments, python = json.loads((tmp_path / "call").read_text())
-    script = str(scripts() / "one_node.sbatch")
+    script = str(scripts_folder() / "one_node.sbatch")
     assert arguments == ["--parsable", "--nodes", "1", script, "--config", str(recipe), "--seed", "3"]
     # The job runs this Python, whatever stands first in the PATH of the nodes.
     assert python == sys.executable
@@ -100,7 +100,7 @@ def test_sweep_is_an_array_with_a_task_per_run(
     sweep.write_text("# rates\n--pretrain.lr 1e-3\n\n--pretrain.lr 1e-4 --pretrain.betas '[0.9, 0.99]'\n")
     words = command(capsys, recipe, "--sweep", sweep, "--seed", "1")
     assert words[words.index("--array") + 1] == "1-2"
-    script = words.index(str(scripts() / "sweep.sbatch"))
+    script = words.index(str(scripts_folder() / "sweep.sbatch"))
     shared = ["--config", str(recipe), "--seed", "1"]
     assert words[script + 1 :] == [str(sweep), str(tmp_path / "run"), *shared]
 
@@ -182,8 +182,8 @@ def test_missing_slurm_is_named(
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_valid_and_alike(name: str) -> None:
-    script = scripts() / f"{name}.sbatch"
-    subprocess.run(["bash", "-n", script, scripts() / "run.sh"], check=True)
+    script = scripts_folder() / f"{name}.sbatch"
+    subprocess.run(["bash", "-n", script, scripts_folder() / "run.sh"], check=True)
     text = script.read_text()
     # Slurm reads its options up to the first command only.
     assert "#SBATCH" not in text[text.index("set -euo") :]
