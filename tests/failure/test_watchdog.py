@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from mlomae.arguments import EXIT_LOST, EXIT_PREEMPTED, EXIT_PROBLEMS, EXIT_USER_ERROR
 from mlomae.distributed.env import World
 from mlomae.distributed.watchdog import Watchdog
+from mlomae.errors import LostRank
 from tests.failure.endings import LAST, LOST_AFTER, PAUSE, STUCK_AFTER, run_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -72,3 +74,13 @@ def test_a_slow_rank_is_not_lost(tmp_path: Path) -> None:
 def test_one_rank_has_nobody_to_watch() -> None:
     with pytest.raises(ValueError, match="own"), Watchdog(World(0, 1, torch.device("cpu")), 1.0, 1.0):
         raise ValueError("its own")
+
+
+def test_a_broken_message_ends_the_run_also_where_nobody_is_to_blame() -> None:
+    watchdog = Watchdog(World(0, 2, torch.device("cpu")), lost_after=0.1, stuck_after=1.0)
+    watchdog._thread = threading.Thread(target=lambda: None)
+    watchdog._thread.start()
+    error = RuntimeError("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed")
+
+    with pytest.raises(LostRank, match="none of them is known to be lost .*Connection closed"):
+        watchdog.__exit__(RuntimeError, error, None)

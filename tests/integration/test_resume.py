@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,3 +176,20 @@ def test_only_the_evaluation_is_repeated_when_it_was_missed(
 
     assert main(["train", "--config", str(recipe), "--run-dir", str(uninterrupted)]) == 0
     assert read_result(uninterrupted) == expected
+
+
+def test_a_run_without_a_usable_checkpoint_does_not_begin_anew(
+    recipe: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    (run_dir / "result.json").unlink()
+    for state in run_dir.glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+
+    with pytest.warns(UserWarning, match="skipped, state.json has 2 bytes"):
+        assert main(["train", "--config", str(recipe), "--run-dir", str(run_dir)]) == 2
+
+    assert "/checkpoints: none of the checkpoints can be used (see the warnings)" in capsys.readouterr().err
+    assert (run_dir / "metrics.jsonl").read_bytes() == before

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def refused(path: Path, config: Config) -> str:
 def test_new_directory_receives_the_resolved_config(claimed: RunDir) -> None:
     assert load_config(claimed.config, {}) == Config()
     assert {path.name for path in claimed.path.iterdir()} == {"config.yaml", ".lock"}
+
+
+def test_a_later_attempt_waits_for_the_one_before_to_let_go(claimed: RunDir) -> None:
+    other = RunDir(claimed.path, Config())
+    with pytest.raises(UserError, match="in use by another process"):
+        other.claim(primary=True)
+    timer = threading.Timer(0.3, claimed.release)
+    timer.start()
+    try:
+        assert other.claim(primary=True, wait=60.0) is Status.NEW
+    finally:
+        timer.join()
+        other.release()
 
 
 def test_status_follows_checkpoints_and_result_on_every_rank(claimed: RunDir) -> None:
