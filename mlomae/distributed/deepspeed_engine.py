@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -39,6 +40,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise UserError(f"--deepspeed_config: deepspeed cannot be imported ({error})") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It gathers by names that newer releases of torch deprecate, and would say so at every gathering.
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
     if device.type == "cpu":
         # A shared-memory communication op that DeepSpeed would compile for minutes at start-up;
         # gloo does the same work.

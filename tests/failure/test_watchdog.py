@@ -82,5 +82,5 @@ def test_a_broken_message_ends_the_run_also_where_nobody_is_to_blame() -> None:
     watchdog._thread.start()
     error = RuntimeError("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed")
 
-    with pytest.raises(LostRank, match="none of them is known to be lost .*Connection closed"):
+    with pytest.raises(LostRank, match=r"none of them is known to be lost .*Connection closed"):
         watchdog.__exit__(RuntimeError, error, None)
