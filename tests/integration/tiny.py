@@ -105,7 +105,8 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the drawing, the slowest part of a tiny run."""
 
     def draw(self: Trainer) -> None:
-        Image.new("L", (1, 1)).save(self.run_dir.picture)
+        if self.world.primary:
+            Image.new("L", (1, 1)).save(self.run_dir.picture)
 
     monkeypatch.setattr(Trainer, "_draw", draw)
 
