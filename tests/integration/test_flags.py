@@ -203,7 +203,6 @@ def differ(row: dict[str, Any], before: dict[str, Any]) -> bool:
         ("iterations", [1, 2, 3, 4, 5]),
         ("log_every", [2, 3, 4]),  # checkpoints at 2 and 4 log too
         ("checkpoint_every", ["step-00000003", "step-00000004"]),
-        ("keep_checkpoints", ["step-00000004"]),
         ("picture_every", 2),
         ("data.workers", 3),  # one for each level
     ],
@@ -217,6 +216,14 @@ def test_what_a_run_leaves_changes_with(
 
     assert found == expected
     assert found != base[effect.on]
+
+
+def test_the_newest_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
+    often = {"checkpoint_every": 1}
+    assert len(observe(tmp_path / "all", often)["checkpoints"]) == 4
+
+    found = observe(tmp_path / "one", {**often, "keep_checkpoints": 1})["checkpoints"]
+    assert found[-1] == "step-00000004" and len(found) <= 2
 
 
 def test_workers_do_not_change_the_numbers(base: dict[str, Any], tmp_path: Path) -> None:
