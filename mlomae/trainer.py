@@ -328,16 +328,18 @@ class Trainer:
             )
         loaded = checkpoint.read(path)
         levels = self.levels.by_name()
+        parts = {name: loaded.part(name) for name in levels}
+        # A level whose first step was skipped has no moments yet.
+        stepped = {name for name, part in parts.items() if part["step"]}
         expected = {
             f"{name}.{key}": shape
             for name, level in levels.items()
             for key, shape in level.engine.shapes().items()
-            # A level whose first step was skipped has no moments yet.
-            if loaded.part(name)["step"] or not key.startswith(MOMENTS)
+            if name in stepped or not key.startswith(MOMENTS)
         }
         checkpoint.match(loaded, expected)
         for name, level in levels.items():
-            level.engine.load_state_dict(loaded.part(name))
+            level.engine.load_state_dict(parts[name])
             level.stream.load_state_dict(loaded.state["streams"][name])
         if self.levels.mask is not None:
             self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mlomae.arguments import EXIT_INTERRUPTED, EXIT_LOST, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, Parser
 from mlomae.errors import UserError
+from mlomae.run_dir import write_atomically
 
 ATTEMPTS = "attempts.jsonl"
 PATIENCE = 3
@@ -149,10 +150,9 @@ def _record(run_dir: Path, attempt: Attempt) -> int:
         return attempt.restart + 1
     path = run_dir / ATTEMPTS
     attempts = [*read_attempts(path), attempt]
-    temporary = path.with_name(f".{ATTEMPTS}.tmp")
+    text = "".join(json.dumps(asdict(entry)) + "\n" for entry in attempts)
     try:
-        temporary.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in attempts))
-        os.replace(temporary, path)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return without_progress(attempts, attempt.job)
