@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class DeepSpeedEngine:
 
     def descend_recorded(self, loss: Tensor, lr: float, slope: bool) -> StepRecord:
         if self._stage:
-            targets = self._shard_space("").stepped()
+            targets = self._shards.stepped()
         else:
             targets = [parameter for _, parameter in trainable(self.module)]
         with StepRecorder(self._base_optimizer, self._counter, targets, slope) as recorder:
@@ -153,6 +154,11 @@ class DeepSpeedEngine:
         if self._stage:
             return self._shard_space(prefix)
         return TensorSpace(dict(trainable(self.module)), prefix, collectives.average)
+
+    @cached_property
+    def _shards(self) -> ShardSpace:
+        """All weights, for what every step or checkpoint asks of them."""
+        return self._shard_space("")
 
     def _shard_space(self, prefix: str) -> ShardSpace:
         kind = PartitionedShardSpace if self._stage == 3 else ReplicatedShardSpace
@@ -168,7 +174,7 @@ class DeepSpeedEngine:
     def snapshot(self) -> dict[str, Tensor]:
         base, step = self._base_optimizer, torch.zeros(())
         if self._stage:
-            space = self._shard_space("")
+            space = self._shards
             weights, moments = space.snapshot(), {}
             for target, pieces in zip(space.stepped(), space.pieces(), strict=True):
                 for key in MOMENTS if target in base.state else ():
@@ -204,7 +210,7 @@ class DeepSpeedEngine:
             load_weights(self.module, state)
             load_moments(base, dict(trainable(self.module)), state)
             return
-        space = self._shard_space("")
+        space = self._shards
         space.load(state)
         base.state.clear()
         # DeepSpeed keeps views of the moments that it had.
@@ -234,7 +240,7 @@ class DeepSpeedEngine:
 
     def weight_norm(self) -> Tensor:
         if self._stage == 3:
-            return self._shard_space("").scale()
+            return self._shards.scale()
         return global_norm([parameter for _, parameter in trainable(self.module)])
 
     @property
