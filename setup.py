@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 
 CPU_LIBRARY, CUDA_LIBRARY = "mlomae_kernels._C", "mlomae_kernels._C_cuda"
 CUDA_ARCHITECTURES = "8.0;9.0;10.0"
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 
 
 class CMakeBuild(build_ext):
@@ -148,8 +149,20 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     install_requires=_requirements(),
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            # The libraries that exported weights are for.
+            "transformers",
+            *ONNX,
+            "torchmetrics",
+        ],
         "flash": ["flash-attn"],
+        "onnx": ONNX,
     },
     entry_points={"console_scripts": ["mlomae = mlomae.cli:main"]},
 )

@@ -38,10 +38,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--seeds", type=_seeds, default=_DEFAULTS["seeds"], help="seeds per policy: 0,1,…")
     group.addoption("--cifar10", type=Path, metavar="DIR", help="folder of CIFAR-10 shards")
+    group.addoption("--camvid", type=Path, metavar="DIR", help="folder of CamVid in ADE20K's layout")
+    group.addoption("--bccd", type=Path, metavar="DIR", help="folder of BCCD in COCO's layout")
     group.addoption("--imagenet", type=Path, metavar="DIR", help="folder of photographs, however deep")
     group.addoption(
-        "--work-dir", type=Path, metavar="DIR", help="keep the runs of test_policies here, to continue there"
+        "--work-dir", type=Path, metavar="DIR", help="keep the runs of studies here, to continue there"
     )
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """No test process beside this one: what is timed has the machine for itself."""
+    return 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine
 from mlomae.distributed.env import World
 from mlomae.errors import UserError
+from mlomae.interop.starting import start_from
 from mlomae.levels import HeadLevel, Level, MaskLevel, PretrainLevel
 from mlomae.models.encoder import SIZES, num_pooled
-from mlomae.models.head import ClassifierHead
+from mlomae.models.head import ClassifierHead, SegmentationHead
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
@@ -79,6 +81,10 @@ def build_levels(
     # One generator state per module: the autoencoder starts from the same weights under every policy.
     torch.manual_seed(stream_seed(config.seed, "init", "pretrain"))
     autoencoder = MaskedAutoencoder(model)
+    if model.weights is not None:
+        started = start_from(autoencoder, model)
+        if world.primary:  # beside the output of commands, which may be JSON
+            print(started, file=sys.stderr, flush=True)
     autoencoder.set_activation_checkpointing(config.compute.activation_checkpointing)
     # The direction is a gradient through these features and outlives the head's step, whose replay of a CUDA
     # graph would take the memory back.
@@ -93,7 +99,11 @@ def build_levels(
 
     assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None
     torch.manual_seed(stream_seed(config.seed, "init", "head"))
-    classifier = ClassifierHead(num_pooled(embed_dim, model.pool), loaders.num_classes)
+    classifier: nn.Module
+    if loaders.has_label_maps:
+        classifier = SegmentationHead(embed_dim, loaders.num_classes, grid, model.size)
+    else:
+        classifier = ClassifierHead(num_pooled(embed_dim, model.pool), loaders.num_classes)
     torch.manual_seed(stream_seed(config.seed, "init", "mask"))
     network = build_masking_network(config.masking, grid, embed_dim)
     lower = PretrainLevel(

@@ -63,18 +63,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """The content of a safetensors file, for ``write_file``.
 
     Args:
         tensors: any device and layout; those on another device or not contiguous are copied, one at a time.
+        metadata: texts for the header.
 
     Raises:
         KeyError: a dtype that the format is not used for here (float, bfloat16, int, bool are).
     """
     # Widest first, as the format's own writer does: every tensor is then aligned to its element size.
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         tensor = tensors[name]

@@ -54,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mlomae.planning.command import main as plan
 
             return plan(words[1:], _overrides)
+        if words and words[0] == "eval":
+            from mlomae.downstream.command import main as evaluate
+
+            return evaluate(words[1:], _overrides, _describe)
+        if words and words[0] == "export":
+            from mlomae.interop.command import main as export
+
+            return export(words[1:])
         if words and words[0] == "submit":
             from mlomae.slurm.submit import main as submit
 
@@ -168,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command", choices=["train"], metavar="command",
         help="train: pretrain and evaluate one run; others: see `mlomae hypergrad-check --help`, "
-        "`mlomae profile --help`, `mlomae plan --help`, `mlomae shards --help` and `mlomae submit --help`",
+        "`mlomae profile --help`, `mlomae plan --help`, `mlomae shards --help`, `mlomae submit --help`, "
+        "`mlomae eval --help` and `mlomae export --help`",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
     parser.add_argument(

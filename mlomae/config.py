@@ -8,7 +8,7 @@ schedules, clipping and precision; a DeepSpeed config owns ZeRO and communicatio
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -29,6 +29,8 @@ from mlomae.sections import (
     PretrainConfig,
     Section,
 )
+
+Tree = TypeVar("Tree", bound=Section)
 
 
 class Config(Section):
@@ -85,7 +87,15 @@ RESUMABLE_CHANGES = {
 
 
 def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
+    """``load_tree`` of a run."""
+    return load_tree(path, overrides, Config)
+
+
+def load_tree(path: Path | None, overrides: dict[str, str], root: type[Tree]) -> Tree:
     """Reads a recipe, applies dotted overrides (values in YAML syntax) and validates the tree.
+
+    Args:
+        root: what the recipe describes.
 
     Raises:
         UserError: one line naming the file or field, what was found and what would be right.
@@ -104,13 +114,13 @@ def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
     for key, text in overrides.items():
         _assign(tree, key, text)
     try:
-        return Config.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
-        raise UserError(describe(error, Config)) from None
+        raise UserError(describe(error, root)) from None
 
 
-def dump_config(config: Config) -> str:
-    """The resolved tree as YAML that ``load_config`` reads back to an equal tree."""
+def dump_config(config: Section) -> str:
+    """The resolved tree as YAML that ``load_tree`` reads back to an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

@@ -109,7 +109,8 @@ class Hypergradient:
     def __init__(self, config: Config, engine: Engine, head: Callable[[int], HeadProblem]) -> None:
         self.config = config.hypergradient
         self.engine = engine
-        self.pool = config.model.pool
+        # A head for pixels reads the patches themselves.
+        self.pool = None if config.data.has_label_maps else config.model.pool
         self.space = engine.weight_space("encoder.")
         self._head = head
         with engine.autocast():
@@ -132,9 +133,15 @@ class Hypergradient:
         return iteration % self.config.every == 0
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, F] pooled features of whole images, differentiable, in the engine's precision."""
+        """What the head reads of whole images, differentiable, in the engine's precision.
+
+        Returns:
+            [B, F] pooled features; patch tokens [B, L, D] where labels are maps.
+        """
         with self.engine.autocast():
             features = self.autoencoder.encoder(images, pool=self.pool)
+        if self.pool is None:
+            features = features[:, 1:]
         # The head's own derivatives are taken outside autocast: they are exact and cost nothing.
         return features.to(images.dtype)
 

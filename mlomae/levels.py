@@ -117,7 +117,7 @@ class PretrainLevel(Level[LevelConfig]):
 
 
 class HeadLevel(Level[LevelConfig]):
-    """Level 2: classify the train batch from the encoder's features."""
+    """Level 2: classify the train batch, its images or their pixels, from the encoder's features."""
 
     def __init__(self, engine: Engine, stream: Stream, config: Config) -> None:
         super().__init__(engine, stream, config.head, config)
@@ -125,12 +125,12 @@ class HeadLevel(Level[LevelConfig]):
         self.damping = config.hypergradient.damping
 
     def step(self, features: Tensor, labels: Tensor, iteration: int) -> Metrics:
-        """One optimizer step of the head; the features [B, D] are constant."""
+        """One optimizer step of the head; the features [B, …] are constant."""
         with profiled("head/step"):
             logits = self.engine(features)
             loss = objectives.head_loss(logits, labels)
             self.engine.descend(loss, self.lr(iteration))
-            accuracy = (logits.detach().argmax(1) == labels).float().mean()
+            accuracy = objectives.head_accuracy(logits, labels)
         return {"loss/head": loss.detach(), "accuracy/head": accuracy}
 
     def problem(self, iteration: int) -> HeadProblem:

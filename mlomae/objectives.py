@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mlomae.data.scenes import VOID
+
 
 def pretrain_loss(errors: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
     """Level 1: sum(mask * weights * errors) / sum(mask) (Guo et al. 2025, stage I).
@@ -23,8 +25,32 @@ def pretrain_loss(errors: Tensor, mask: Tensor, weights: Tensor | None) -> Tenso
 
 
 def head_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Levels 2 and 3: cross-entropy of [B, classes] logits and int64 [B] labels, at least in float32."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    """Levels 2 and 3: cross-entropy, a mean over images, at least in float32.
+
+    With label maps the loss of an image is the mean over its pixels that count, and 0 if none does. So every
+    image weighs the same, as with class labels, and the mean over ranks is the loss of the global batch.
+
+    Args:
+        logits: [B, classes], or [B, classes, H, W].
+        labels: int64 [B], or label maps uint8 [B, H, W], whose VOID pixels do not count.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels)
+    errors = F.cross_entropy(logits, labels.long(), ignore_index=VOID, reduction="none")
+    return (errors * _pixel_shares(labels, errors.dtype)).sum()
+
+
+def head_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of right answers, averaged as in ``head_loss``; of pixels, where labels are maps."""
+    right = (logits.detach().argmax(1) == labels).float()
+    return right.mean() if labels.ndim == 1 else (right * _pixel_shares(labels, right.dtype)).sum()
+
+
+def _pixel_shares(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, W]: what each pixel of B label maps weighs in a mean over images."""
+    counts = (labels != VOID).to(dtype)
+    return counts / counts.sum(dim=(1, 2), keepdim=True).clamp(min=1) / len(labels)
 
 
 def mask_loss(probability: Tensor, mask: Tensor, influence: Tensor, pretrain_lr: float) -> Tensor:

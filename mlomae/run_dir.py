@@ -20,14 +20,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
-from mlomae.config import RESUMABLE_CHANGES, Config, dump_config, flatten
+from mlomae.config import RESUMABLE_CHANGES, dump_config, flatten
 from mlomae.errors import UserError
+from mlomae.sections import Section
 
 
 class Status(enum.Enum):
@@ -39,11 +40,18 @@ class Status(enum.Enum):
 
 
 class RunDir:
-    """One run directory and the configuration of the run that wants it."""
+    """One run directory and the configuration of the run that wants it.
 
-    def __init__(self, path: Path, config: Config) -> None:
+    Args:
+        config: every field has a default.
+        resumable: names of the fields that may change when the run is resumed.
+    """
+
+    def __init__(self, path: Path, config: Section, resumable: Collection[str] = RESUMABLE_CHANGES) -> None:
         self.path = path
         self._config_text = dump_config(config)
+        self._defaults = dump_config(type(config)())
+        self._resumable = resumable
         self._lock: TextIO | None = None
 
     @property
@@ -137,12 +145,12 @@ class RunDir:
         if not isinstance(there, dict):
             raise self._refusal("config.yaml is damaged; choose another run_dir or delete it")
         # A field that is newer than the run had its default.
-        before = {**flatten(yaml.safe_load(dump_config(Config()))), **flatten(there)}
+        before = {**flatten(yaml.safe_load(self._defaults)), **flatten(there)}
         now = flatten(yaml.safe_load(self._config_text))
         differences = [
             f"{name} is {before.get(name, 'absent')} there, {now.get(name, 'absent')} asked for"
             for name in [*now, *(before.keys() - now.keys())]
-            if name not in RESUMABLE_CHANGES and before.get(name) != now.get(name)
+            if name not in self._resumable and before.get(name) != now.get(name)
         ]
         if differences:
             found = f"holds a different run ({first_few(differences)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -37,6 +37,9 @@ class ModelConfig(Section):
     """Encoder and decoder of the masked autoencoder."""
 
     arch: Arch = "vit_base"
+    weights: Location | None = Field(
+        None, description="to start from: a run, or weights of timm, MAE or Hugging Face (docs/interop.md)"
+    )
     img_size: Positive | tuple[Positive, Positive] = Field(224, description="side, or [height, width]")
     patch_size: Positive = Field(16, description="side of a patch; divides both sides of the image")
     in_chans: Positive = Field(3, description="3 for RGB, 1 for greyscale")
@@ -125,11 +128,28 @@ class MaskingConfig(Section):
         return self.policy in ("learned", "weighted-random")
 
 
-class DataConfig(Section):
-    """Where images come from and how the three disjoint sets are made."""
+class ImagesConfig(Section):
+    """Where labelled images come from, and how disjoint sets are made of them."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "folder", "shards", "csv", "medmnist"] = Field(
-        "digits", description="csv: path is a table of image files; medmnist: path is an .npz file"
+    reads_label_maps: ClassVar[bool] = False
+
+    dataset: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "folder",
+        "shards",
+        "csv",
+        "medmnist",
+        "cub200",
+        "cars",
+        "inat2019",
+        "scenes",
+    ] = Field(
+        "digits",
+        description="csv: path is a table of image files; medmnist: path is an .npz file; cub200, cars, "
+        "inat2019: path is the folder of the set as it was published; scenes: path holds images/ and "
+        "annotations/, a label map for each image (ADE20K)",
     )
     path: Location | None = Field(
         None,
@@ -143,12 +163,35 @@ class DataConfig(Section):
         0.2, gt=0, lt=1, description="share split off for testing where the data set has no test part"
     )
     split_seed: int = Field(0, ge=0, description="seed of the train / held-out / test split")
+    max_bad_share: Share = Field(0.01, description="of the samples that may be bad; they are passed over")
+    workers: int = Field(0, ge=0, description="loader processes per level; 0 loads in the main process")
+
+    @model_validator(mode="after")
+    def _check_location(self) -> Self:
+        if self.dataset != "digits" and self.path is None:
+            raise ValueError(
+                f"path is missing; dataset {self.dataset!r} needs the folder or file that holds it"
+            )
+        if self.test_path is not None and self.dataset != "shards":
+            raise ValueError(f"test_path is for shards; leave it out for {self.dataset!r}")
+        if self.dataset == "scenes" and not self.reads_label_maps:
+            raise ValueError("dataset 'scenes' has labels of pixels, but labels of images are needed here")
+        return self
+
+
+class DataConfig(ImagesConfig):
+    """The images of a pretraining run, and how its levels read them.
+
+    With label maps the head and mask levels classify pixels.
+    """
+
+    reads_label_maps: ClassVar[bool] = True
+
     augment: Literal["none", "shift", "crop-flip", "resized-crop"] = Field(
         "none",
         description="shift: 1-pixel translation; crop-flip: pad, crop, flip (CIFAR); "
         "resized-crop: RandomResizedCrop(0.2, 1) and flip (MAE)",
     )
-    max_bad_share: Share = Field(0.01, description="of the samples that may be bad; they are passed over")
     access: Literal["auto", "random", "sequential"] = Field(
         "auto",
         description="of shards. sequential: front to back, for network disks and what is no file; "
@@ -157,23 +200,36 @@ class DataConfig(Section):
     shuffle_buffer: Positive = Field(
         4096, description="images per level in memory to be shuffled, where shards are read sequentially"
     )
-    workers: int = Field(0, ge=0, description="loader processes per level; 0 loads in the main process")
     resident: Literal["auto", "always", "never"] = Field(
         "auto",
         description="keep whole sets as bytes on the device and augment there; auto: up to 1 GiB, where "
         "the run reads a set at least twice; not with resized-crop, which needs the originals",
     )
+    train: str = Field("training", description="of scenes: folder in images/ and annotations/ to train on")
+    test: str = Field("validation", description="of scenes: folder in both to test on")
+    num_classes: Positive | None = Field(
+        None, description="of scenes: classes, whose label values follow on first_label"
+    )
+    first_label: int = Field(0, ge=0, le=254, description="of scenes: value of the first class; ADE20K: 1")
+    void: tuple[int, ...] = Field(
+        (), description="of scenes: values that count nowhere, as 255 does; ADE20K: [0]"
+    )
+
+    @property
+    def has_label_maps(self) -> bool:
+        """Whether labels are maps [H, W], one for each image, and not class numbers."""
+        return self.dataset == "scenes"
 
     @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if self.dataset != "digits" and self.path is None:
-            raise ValueError(
-                f"path is missing; dataset {self.dataset!r} needs the folder or file that holds it"
-            )
+    def _check_fields_of_one_set(self) -> DataConfig:
         if self.access != "auto" and self.dataset != "shards":
             raise ValueError(f"access {self.access!r} is for shards; leave it out for {self.dataset!r}")
-        if self.test_path is not None and self.dataset != "shards":
-            raise ValueError(f"test_path is for shards; leave it out for {self.dataset!r}")
+        if self.has_label_maps and self.num_classes is None:
+            raise ValueError("num_classes is missing; how many classes do the label maps have?")
+        for name in ("train", "test", "num_classes", "first_label", "void"):
+            value = getattr(self, name)
+            if not self.has_label_maps and value != DataConfig.model_fields[name].default:
+                raise ValueError(f"{name} {value!r} is for scenes; leave it out for {self.dataset!r}")
         return self
 
 

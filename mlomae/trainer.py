@@ -37,6 +37,7 @@ from mlomae.precision import resolve_precision
 from mlomae.preemption import Preemption
 from mlomae.ranges import position, profiled
 from mlomae.run_dir import RunDir
+from mlomae.score_pixels import score_pixels
 from mlomae.statistics import mask_agreement, score_statistics
 from mlomae.telemetry import Telemetry, run_telemetry
 
@@ -258,9 +259,8 @@ class Trainer:
 
     def _draw(self) -> None:
         """Draws the mask on rank 0; called on every rank, for the weights that it lacks."""
-        autoencoder, network = self._whole_autoencoder(), None
-        if self.levels.mask is not None:
-            network = self.levels.mask.engine.whole_module()
+        autoencoder, mask = self._whole_autoencoder(), self.levels.mask
+        network = None if mask is None else mask.engine.whole_module()
         if not self.world.primary:
             return
         # Imported late: matplotlib is slow to load and only this rank needs it.
@@ -380,17 +380,18 @@ class Trainer:
             "images_per_second": round(self.images_per_second, 2),
         }
         features = {}
-        if self.loaders.num_classes is not None:
+        if self.loaders.has_label_maps:
+            result |= score_pixels(encoder, self.levels.head, self.loaders, self.world)
+        elif self.loaders.num_classes is not None:
             encoders = {"": encode} | ({"pixel_": pixels} if self.config.eval.pixels else {})
-            for prefix, features_of in encoders.items():
-                with profiled("evaluate/features"):
-                    features[prefix] = collect_features(features_of, self.loaders, self.world)
+            with profiled("evaluate/features"):
+                features = {p: collect_features(of, self.loaders, self.world) for p, of in encoders.items()}
         self.bad_samples.exchange()
         # From here on rank 0 is on its own: others would wait for it in vain.
         if not self.world.primary:
             return {}
         for prefix, parts in features.items():
-            result |= score_features(parts, prefix, self.config.eval.knn_k)
+            result |= score_features(parts, prefix, self.config.eval.knn_k, self.world.device)
         result["bad_samples"] = len(self.loaders.ledger)
         try:
             self.run_dir.write_result(result)

@@ -22,6 +22,9 @@ if not torch.cuda.is_available():
 # The tensors of the tests are too small to share among threads, and a fixed count keeps sums repeatable.
 torch.set_num_threads(1)
 
+# Test processes at a time: each loads torch, and starts up to three ranks.
+MOST_WORKERS = 4
+
 # No deadline, since a first call may compile; derandomised, so that a red test is red for everyone.
 settings.register_profile("mlomae", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("mlomae")
@@ -32,6 +35,14 @@ def _fixed_seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Test processes of ``-n auto``: one per core, but none beside this one for single files."""
+    cores = min(os.cpu_count() or 1, MOST_WORKERS)
+    single = all(".py" in argument for argument in config.args)
+    return 0 if single or cores == 1 else cores
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,15 +14,9 @@ from torch import Tensor
 from mlomae.data.batches import Batch
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
-from mlomae.evaluate import (
-    PROBE_STRENGTHS,
-    FeatureSet,
-    collect_features,
-    knn_accuracy,
-    linear_accuracy,
-    pixels,
-    score_features,
-)
+from mlomae.downstream.feature_set import FeatureSet
+from mlomae.errors import UserError
+from mlomae.evaluate import PROBE_STRENGTHS, collect_features, linear_accuracy, pixels, score_features
 
 CLASSES, DIM = 4, 6
 CPU = torch.device("cpu")
@@ -33,33 +27,38 @@ def _blobs(count: int, seed: int, spread: float = 0.1) -> FeatureSet:
     generator = np.random.default_rng(seed)
     labels = generator.integers(CLASSES, size=count)
     features = 3 * np.eye(CLASSES, DIM)[labels] + spread * generator.normal(size=(count, DIM))
-    return FeatureSet(features.astype(np.float32), labels)
+    return FeatureSet(torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels))
+
+
+def _scores(train: FeatureSet, heldout: FeatureSet, test: FeatureSet) -> dict[str, float]:
+    return score_features({"labelled": train, "heldout": heldout, "test": test}, "", k=5)
 
 
 def test_separable_blobs_are_classified_without_error() -> None:
-    train, heldout, test = _blobs(80, 0), _blobs(40, 1), _blobs(40, 2)
-    assert knn_accuracy(train, test, k=5) == 1.0
-    assert linear_accuracy(train, heldout, test) == 1.0
+    scores = _scores(_blobs(80, 0), _blobs(40, 1), _blobs(40, 2))
+    assert scores == {"knn_accuracy": 1.0, "linear_accuracy": 1.0}
 
 
 def test_labels_without_relation_to_the_features_are_guessed() -> None:
     shuffled = [
         FeatureSet(_blobs(n, i).features, _blobs(n, i + 10).labels) for i, n in enumerate((400, 200, 400))
     ]
-    train, heldout, test = shuffled
-    assert knn_accuracy(train, test, k=5) == pytest.approx(1 / CLASSES, abs=0.1)
-    assert linear_accuracy(train, heldout, test) == pytest.approx(1 / CLASSES, abs=0.1)
+    for accuracy in _scores(*shuffled).values():
+        assert accuracy == pytest.approx(1 / CLASSES, abs=0.1)
 
 
-def test_knn_looks_at_the_angle_and_takes_no_more_neighbours_than_there_are() -> None:
-    train = FeatureSet(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]))
-    test = FeatureSet(np.array([[100.0, 1.0], [0.01, 1.0], [5.0, 4.0]]), np.array([0, 1, 0]))
-    assert knn_accuracy(train, test, k=50) == 1.0
+def test_neighbours_are_training_and_heldout_images() -> None:
+    train, test = _blobs(80, 0), _blobs(40, 2)
+    wrong = FeatureSet(train.features, (train.labels + 1) % CLASSES)
+    assert _scores(wrong, wrong, test)["knn_accuracy"] == 0.0
+    # What is the same image decides alone.
+    assert _scores(wrong, test, test)["knn_accuracy"] == 1.0
+    assert _scores(test, wrong[:40], test)["knn_accuracy"] == 1.0
 
 
 def test_the_unit_of_a_feature_does_not_matter_to_the_probe() -> None:
     sets = [_blobs(60, seed, spread=1.5) for seed in range(3)]
-    units = np.geomspace(1e-3, 1e3, DIM)
+    units = torch.logspace(-3, 3, DIM)
     scaled = [FeatureSet(part.features * units, part.labels) for part in sets]
     assert linear_accuracy(*scaled) == pytest.approx(linear_accuracy(*sets), abs=0.02)
 
@@ -81,7 +80,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, np.ndarray
 
 def test_test_labels_take_no_part_in_the_choice(fitted: list[tuple[float, int, np.ndarray]]) -> None:
     train, heldout, test = (_blobs(60, seed, spread=1.5) for seed in range(3))
-    permuted = FeatureSet(test.features, np.roll(test.labels, 7))
+    permuted = FeatureSet(test.features, test.labels.roll(7))
     honest = linear_accuracy(train, heldout, test)
     first = fitted.copy()
     fitted.clear()
@@ -107,11 +106,17 @@ def test_strength_is_chosen_on_the_heldout_set_and_the_probe_fitted_on_both(
 class _Loaders:
     """Blobs as 1 x 1 images with ``DIM`` channels, in batches of 16."""
 
+    parts: ClassVar = {
+        "labelled": _blobs(90, 0, 1.5),
+        "heldout": _blobs(40, 1, 1.5),
+        "test": _blobs(70, 2, 1.5),
+    }
+
+    def count(self, part: str) -> int:
+        return len(self.parts[part])
+
     def evaluation(self, part: str) -> Iterator[Batch]:
-        blobs = {"labelled": _blobs(90, 0, 1.5), "heldout": _blobs(40, 1, 1.5), "test": _blobs(70, 2, 1.5)}[
-            part
-        ]
-        images, labels = torch.from_numpy(blobs.features)[:, :, None, None], torch.from_numpy(blobs.labels)
+        images, labels = self.parts[part].features[:, :, None, None], self.parts[part].labels
         for number, start in enumerate(range(0, len(labels), 16)):
             yield Batch(images[start : start + 16], labels[start : start + 16], number, 0)
 
@@ -141,7 +146,18 @@ def test_two_ranks_share_the_work_and_find_what_one_does(monkeypatch: pytest.Mon
     first: list[int] = []
     found = _evaluate(World(0, 2, CPU), first)
     assert sum(first) + sum(second) == sum(alone) and min(sum(first), sum(second)) > 60
-    assert found == pytest.approx(expected)
+    assert next(parts, None) is None
+    assert found == expected  # the same images in the same order
+
+
+def test_a_part_without_a_usable_image_is_an_error() -> None:
+    class Empty(_Loaders):
+        def evaluation(self, part: str) -> Iterator[Batch]:
+            return super().evaluation(part) if part == "labelled" else iter(())
+
+    loaders: Any = Empty()
+    with pytest.raises(UserError, match="no image of the heldout set can be used"):
+        collect_features(pixels, loaders, World(0, 1, CPU))
 
 
 def test_features_are_taken_without_a_graph() -> None:

@@ -27,7 +27,7 @@ class Batch:
     """A rank's share of one global batch."""
 
     images: Tensor  # float32 [B, C, H, W], normalised
-    labels: Tensor | None  # int64 [B]
+    labels: Tensor | None  # int64 [B], or label maps uint8 [B, H, W]
     number: int  # counter of the batch in its stream
     first_row: int  # position of row 0 in the global batch
 
@@ -49,9 +49,10 @@ class PixelBatch:
         return cls(loaded.images, loaded.indices, loaded.labels, number, first_row, loaded.faults)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # From a loader process only the pixels are worth a file of shared memory of their own.
-        small = [None if part is None else part.numpy() for part in (self.indices, self.labels)]
-        return _unpack, (self.pixels, *small, self.number, self.first_row, self.faults)
+        # From a loader process only pixels and label maps are worth a file of shared memory of their own.
+        labels = self.labels if self.labels is None or self.labels.ndim > 1 else self.labels.numpy()
+        small = self.number, self.first_row, self.faults
+        return _unpack, (self.pixels, self.indices.numpy(), labels, *small)
 
     def to(self, device: torch.device) -> PixelBatch:
         """On the device; from pinned memory without waiting."""
@@ -69,8 +70,10 @@ class PixelBatch:
         return Batch(images, self.labels, self.number, self.first_row)
 
 
-def _unpack(pixels: Tensor, indices: np.ndarray, labels: np.ndarray | None, *rest: Any) -> PixelBatch:
-    known = None if labels is None else torch.from_numpy(labels)
+def _unpack(
+    pixels: Tensor, indices: np.ndarray, labels: np.ndarray | Tensor | None, *rest: Any
+) -> PixelBatch:
+    known = torch.from_numpy(labels) if isinstance(labels, np.ndarray) else labels
     return PixelBatch(pixels, torch.from_numpy(indices), known, *rest)
 
 

@@ -28,7 +28,10 @@ class Source(Protocol):
 
     @property
     def labels(self) -> Tensor | None:
-        """int64 [N], -1 where a sample has no label; None when none has one."""
+        """int64 [N], -1 where a sample has no label; None when none has one, or they are label maps.
+
+        Of maps that lie in memory at the size of the stack: uint8 [N, H, W].
+        """
 
     @property
     def stack(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -14,6 +15,7 @@ from mlomae.data.batches import Batch, OrderedBatches, PixelBatch, iterate
 from mlomae.data.dataset import Source
 from mlomae.data.ledger import FaultLedger
 from mlomae.data.resident import can_be_resident, is_worthwhile, make_resident
+from mlomae.data.scenes import SceneSource
 from mlomae.data.shards.source import ShardSource
 from mlomae.data.sources import open_dataset
 from mlomae.data.splits import make_splits
@@ -47,15 +49,19 @@ class LevelLoaders:
         self._dataset = open_dataset(data, config.model.in_chans)
         self.num_classes = self._dataset.num_classes
         self.mean, self.std = self._dataset.mean, self._dataset.std
+        # With label maps every image is labelled.
+        self.has_label_maps = isinstance(self._dataset.train, SceneSource)
         self.ledger = FaultLedger(data.max_bad_share)
         self._expect(self._dataset.train)
         learns = config.masking.learns
-        if learns and self._dataset.train.labels is None:
+        if learns and self._dataset.train.labels is None and not self.has_label_maps:
             raise UserError(
                 f"data.path: {data.path} has no labels; the head and mask levels need them "
                 "(masking.policy=random does not)"
             )
         self._splits = make_splits(self._dataset, data)
+        if self.has_label_maps:
+            self._splits = replace(self._splits, labelled=self._splits.train)
 
         self._device = device
         self._resident: dict[Part, Subset] = {}
@@ -118,6 +124,10 @@ class LevelLoaders:
         workers = min(self._config.data.workers, 1) if _is_remote(subset) else self._config.data.workers
         return self._usable(subset, iterate(batches, range(len(batches)), workers))
 
+    def count(self, part: Part) -> int:
+        """Images of a set, bad ones included; opens the test part."""
+        return len(self._subset(part))
+
     def sample_images(self, part: Part, count: int) -> Tensor:
         """The first ``count`` images of a set (all if it has fewer): float32 [count, C, H, W], normalised.
 
@@ -166,7 +176,8 @@ class LevelLoaders:
             )
         per_iteration = config.pretrain.unroll_steps if level == "pretrain" else 1
         to_read = config.iterations * per_iteration * getattr(config, level).batch_size
-        worthwhile = can_be_resident(kind) and is_worthwhile(subset, config.model.in_chans, to_read)
+        bytes_per_pixel = config.model.in_chans + self.has_label_maps
+        worthwhile = can_be_resident(kind) and is_worthwhile(subset, bytes_per_pixel, to_read)
         if wanted == "never" or (wanted == "auto" and part not in self._resident and not worthwhile):
             return subset
         if part not in self._resident:

@@ -26,14 +26,14 @@ def can_be_resident(kind: Augment) -> bool:
     return kind != "resized-crop"
 
 
-def is_worthwhile(subset: Subset, channels: int, images_to_read: int) -> bool:
+def is_worthwhile(subset: Subset, bytes_per_pixel: int, images_to_read: int) -> bool:
     """What ``data.resident: auto`` decides.
 
     Args:
-        channels: of an image.
+        bytes_per_pixel: of an image, with its label where it has one.
         images_to_read: by the whole run.
     """
-    num_bytes = len(subset) * channels * subset.size[0] * subset.size[1]
+    num_bytes = len(subset) * bytes_per_pixel * subset.size[0] * subset.size[1]
     # Decoding a set costs one epoch, which pays from the second one on.
     decoded = subset.source.stack is not None
     return num_bytes <= MAX_BYTES and (decoded or images_to_read >= 2 * len(subset))

@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from mlomae.data.csv_table import open_csv
 from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, TensorSource
 from mlomae.data.decoding import MODES
 from mlomae.data.folder import FilesSource, class_labels, find_classes, list_images
 from mlomae.data.medmnist import open_medmnist
+from mlomae.data.published import open_published
+from mlomae.data.scenes import ScenesConfig, open_scenes
 from mlomae.data.shards.sets import open_shards
 from mlomae.errors import UserError
-from mlomae.sections import DataConfig
+from mlomae.sections import DataConfig, ImagesConfig
 
 
-def open_dataset(data: DataConfig, in_chans: int) -> Dataset:
+def open_dataset(data: ImagesConfig, in_chans: int) -> Dataset:
     """Opens the training part; nothing of a test part is read beyond its file names.
 
     Raises:
@@ -24,7 +27,7 @@ def open_dataset(data: DataConfig, in_chans: int) -> Dataset:
     """
     if data.dataset == "digits":
         return _open_digits(in_chans)
-    assert data.path is not None, "DataConfig requires it"
+    assert data.path is not None, "ImagesConfig requires it"
     path = Path(data.path)
     if data.dataset in ("cifar10", "cifar100"):
         return _open_cifar(data.dataset, path, data.download, in_chans)
@@ -32,10 +35,15 @@ def open_dataset(data: DataConfig, in_chans: int) -> Dataset:
         raise UserError(f"model.in_chans: {in_chans} does not suit image files; use 3 (colour) or 1 (grey)")
     if data.dataset == "shards":
         return open_shards(data, in_chans)
-    if data.dataset == "folder":
+    if data.dataset == "scenes":
+        assert isinstance(data, DataConfig), "ImagesConfig refuses them"
+        return _open_scenes(data, in_chans)
+    if data.dataset in ("folder", "cub200", "cars", "inat2019"):
         if not path.is_dir():
             raise UserError(f"data.path: {path} is not a folder; give the folder that holds the images")
-        return _open_folder(path, in_chans)
+        if data.dataset == "folder":
+            return _open_folder(path, in_chans)
+        return open_published(data.dataset, path, in_chans)
     if not path.is_file():
         wanted = "the table of image paths" if data.dataset == "csv" else "the .npz file"
         raise UserError(f"data.path: {path} is not a file; give {wanted}")
@@ -130,4 +138,24 @@ def _open_folder(path: Path, in_chans: int) -> Dataset:
         *statistics,
         open_test=lambda: test,
         files=(PartFiles(root, names), PartFiles(test_root, test_names)),
+    )
+
+
+def _open_scenes(data: DataConfig, in_chans: int) -> Dataset:
+    fields = ("path", "train", "test", "num_classes", "first_label", "void")
+    try:
+        config = ScenesConfig(**{name: getattr(data, name) for name in fields})
+    except ValidationError as error:
+        raise UserError(f"data: {error.errors()[0]['ctx']['error']}") from None
+    train = open_scenes(config, config.train)
+    images, maps = (Path(str(data.path)) / kind / data.test for kind in ("images", "annotations"))
+    for folder in (images, maps):
+        if not folder.is_dir():
+            raise UserError(f"data.test: {folder} is not a folder; name one of {images.parent} to test on")
+    return Dataset(
+        train,
+        config.num_classes,
+        *STATISTICS[MODES[in_chans]],
+        open_test=lambda: open_scenes(config, config.test),
+        files=(train.files, PartFiles(images, list_images(images))),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mlomae.data.dataset import Dataset, PartFiles
 from mlomae.errors import UserError
-from mlomae.sections import DataConfig
+from mlomae.sections import ImagesConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Splits:
     test: Tensor | None  # None: the data set has a test part of its own
 
 
-def make_splits(dataset: Dataset, data: DataConfig) -> Splits:
+def make_splits(dataset: Dataset, data: ImagesConfig) -> Splits:
     """Splits the training part and verifies that nothing overlaps.
 
     Raises:
@@ -65,7 +65,7 @@ def make_splits(dataset: Dataset, data: DataConfig) -> Splits:
 
 
 def _require_images(
-    data: DataConfig, drawn: Tensor, train: Tensor, heldout: Tensor, test: Tensor | None
+    data: ImagesConfig, drawn: Tensor, train: Tensor, heldout: Tensor, test: Tensor | None
 ) -> None:
     """Raises UserError when a set holds no sample of those ``drawn`` from; all are masks bool [N]."""
     of_what = str(len(drawn)) if drawn.all() else f"{int(drawn.sum())} labelled ones (of {len(drawn)})"

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mlomae.data.dataset import Source
+from mlomae.data.decoding import image_size
 from mlomae.data.faults import BadSample, Fault, HopelessError
-from mlomae.data.transforms import Augment, augment, fit, load
+from mlomae.data.scenes import SceneSource
+from mlomae.data.transforms import Augment, augment, augment_maps, fit, load, load_map
 
 # Bad samples in a row after which nothing good is expected any more. Others are far from the first one: a set
 # of which only a shard or a folder is bad does not get there.
@@ -26,7 +28,7 @@ class Loaded:
 
     images: Tensor  # uint8 [B, C, H, W]
     indices: Tensor  # int64 [B], into the source
-    labels: Tensor | None  # int64 [B]
+    labels: Tensor | None  # int64 [B], or label maps uint8 [B, H, W]
     faults: tuple[Fault, ...] = ()  # of the samples that were passed over
 
 
@@ -97,16 +99,22 @@ class Subset:
         """
         rows: list[int] = []
         images: list[Tensor] = []
+        maps: list[Tensor] = []
         faults: list[Fault] = []
         for some, numbers in zip(candidates, u.tolist(), strict=True):
             tried = 0
             for row in itertools.islice(some, MAX_IN_A_ROW):
                 tried += 1
                 try:
-                    images.append(load(content(row), kind, numbers, self.size, len(self.mean)))
+                    encoded = content(row)
+                    image = load(encoded, kind, numbers, self.size, len(self.mean))
+                    if isinstance(self.source, SceneSource):
+                        labels = _label_map(self.source, int(self.indices[row]), encoded)
+                        maps.append(load_map(labels, kind, numbers, self.size))
                 except BadSample as bad:
                     faults.append(Fault(self.source.keys[int(self.indices[row])], bad.kind, bad.reason))
                     continue
+                images.append(image)
                 rows.append(row)
                 break
             else:
@@ -120,7 +128,10 @@ class Subset:
         indices = self.indices[torch.tensor(rows, dtype=torch.int64)]
         empty = torch.empty(0, len(self.mean), *self.size, dtype=torch.uint8)
         stacked = torch.stack(images) if images else empty
-        return Loaded(augment(kind, stacked, u), indices, self._labels_of(indices), tuple(faults))
+        known = self._labels_of(indices)
+        if isinstance(self.source, SceneSource):
+            known = augment_maps(kind, torch.stack(maps) if maps else empty[:, 0], u)
+        return Loaded(augment(kind, stacked, u), indices, known, tuple(faults))
 
     def _substitutes(self, row: int) -> Iterator[int]:
         stride = stride_of(len(self))
@@ -133,10 +144,30 @@ class Subset:
         if kind == "resized-crop":
             pairs = zip(images, u.tolist(), strict=True)
             images = torch.stack([load(image, kind, row, self.size, len(self.mean)) for image, row in pairs])
-        return Loaded(augment(kind, fit(images, self.size), u), indices, self._labels_of(indices))
+        labels = self._labels_of(indices)
+        if labels is not None and labels.ndim == 3:
+            assert kind != "resized-crop", "maps that lie in memory have lost their own size"
+            labels = augment_maps(kind, labels, u)
+        return Loaded(augment(kind, fit(images, self.size), u), indices, labels)
 
     def _labels_of(self, indices: Tensor) -> Tensor | None:
         return None if self.source.labels is None else self.source.labels[indices]
+
+
+def _label_map(source: SceneSource, index: int, encoded: bytes) -> Tensor:
+    """uint8 [H, W], of the size of its image; whatever is wrong with it is a bad label.
+
+    Raises:
+        BadSample: it cannot be read, or has another size.
+    """
+    try:
+        labels = source.label_map(index)
+    except BadSample as bad:
+        raise BadSample("label", f"its label map: {bad.reason}") from None
+    (height, width), (rows, columns) = image_size(encoded), labels.shape
+    if (height, width) != (rows, columns):
+        raise BadSample("label", f"its label map has {columns} x {rows} pixels, the image {width} x {height}")
+    return labels
 
 
 @lru_cache(maxsize=64)

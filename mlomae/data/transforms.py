@@ -53,9 +53,30 @@ def load(
         box = _draw_box(height, width, u)
         # Reduced no further than to leave the box as many pixels as are wanted of it.
         least = math.ceil(size[0] * height / box.height), math.ceil(size[1] * width / box.width)
-        crop = _resize(box.of(decode(least), height, width), size)
-        return crop.flip(-1) if u[2] < 0.5 else crop
+        return _crop(decode(least), box, (height, width), u, size)
     return fit(decode(_covering(height, width, size)), size)
+
+
+def load_map(labels: Tensor, kind: Augment, u: Sequence[float], size: tuple[int, int]) -> Tensor:
+    """Brings a label map to one size as ``load`` does its image; pixels take the label that is nearest.
+
+    Args:
+        labels: uint8 [H, W], of the size of the image.
+        u, size: as for the image.
+
+    Returns:
+        uint8 [h, w].
+    """
+    height, width = labels.shape
+    if kind == "resized-crop":
+        box = _draw_box(height, width, u)
+        return _crop(labels[None], box, (height, width), u, size, nearest=True)[0]
+    return fit(labels[None], size, nearest=True)[0]
+
+
+def augment_maps(kind: Augment, labels: Tensor, u: Tensor) -> Tensor:
+    """The same as ``augment`` for label maps uint8 [B, h, w] of the images with these rows of u."""
+    return augment(kind, labels[:, None], u)[:, 0]
 
 
 def augment(kind: Augment, images: Tensor, u: Tensor) -> Tensor:
@@ -88,13 +109,13 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]
 
 
-def fit(images: Tensor, size: tuple[int, int]) -> Tensor:
+def fit(images: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
     """uint8 [..., C, H, W] → [..., C, h, w]: shorter side resized to fit, centre crop."""
     height, width = images.shape[-2:]
     if (height, width) == size:
         return images
     covering = _covering(height, width, size)
-    resized = _resize(images, covering)
+    resized = _resize(images, covering, nearest)
     top, left = (round((have - want) / 2) for have, want in zip(covering, size, strict=True))
     return resized[..., top : top + size[0], left : left + size[1]]
 
@@ -105,13 +126,16 @@ def _covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]
     return max(size[0], round(height * scale)), max(size[1], round(width * scale))
 
 
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with antialiasing, as in MAE's recipe: uint8 [..., C, H, W] → [..., C, h, w]."""
+def _resize(images: Tensor, size: tuple[int, int], nearest: bool = False) -> Tensor:
+    """uint8 [..., C, H, W] → [..., C, h, w], bicubic with antialiasing, as in MAE's recipe.
+
+    Args:
+        nearest: every pixel takes the value that lies nearest to its centre.
+    """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
-    resized: Tensor = functional.resize(
-        images, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    mode = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BICUBIC
+    resized: Tensor = functional.resize(images, list(size), interpolation=mode, antialias=True)
     return resized
 
 
@@ -161,6 +185,19 @@ class _Box:
         top, bottom = (round(edge * down) for edge in (self.top, self.top + self.height))
         left, right = (round(edge * across) for edge in (self.left, self.left + self.width))
         return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def _crop(
+    image: Tensor,
+    box: _Box,
+    full: tuple[int, int],
+    u: Sequence[float],
+    size: tuple[int, int],
+    nearest: bool = False,
+) -> Tensor:
+    """The box of an image [C, H, W], which shows one of ``full`` size, resized; flipped or not."""
+    crop = _resize(box.of(image, *full), size, nearest)
+    return crop.flip(-1) if u[2] < 0.5 else crop
 
 
 def _draw_box(height: int, width: int, u: Sequence[float]) -> _Box:

@@ -16,7 +16,7 @@ from mlomae.data.shards.source import ShardSource
 from mlomae.data.shards.table import ShardIndex
 from mlomae.data.splits import make_splits
 from mlomae.errors import UserError
-from mlomae.sections import DataConfig
+from mlomae.sections import ImagesConfig
 from mlomae.sharding.encoding import find_kind
 from mlomae.sharding.indexing import read_classes
 from mlomae.sharding.report import Problem, find_sets
@@ -142,7 +142,7 @@ def _measure_split(indexes: Mapping[str, ShardIndex]) -> SplitStatistics | str:
     dataset = Dataset(source, classes, *STATISTICS["RGB"], open_test=(lambda: source) if has_test else None)
     settings: dict[str, Any] = {"dataset": "shards", "path": "."}
     try:
-        splits = make_splits(dataset, DataConfig(**settings))
+        splits = make_splits(dataset, ImagesConfig(**settings))
     except UserError as error:
         return str(error)
     sizes = {"train": len(splits.train), "heldout": len(splits.heldout)}

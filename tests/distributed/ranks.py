@@ -50,10 +50,18 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of this machine that nobody uses at the moment.
+
+    It is taken later, so that test processes side by side (pytest -n) choose among different ones.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        if port // 2 % count == number:  # the system gives such ports out by twos
+            return port
 
 
 def _collect(receivers: list[Connection]) -> list[Any]:

@@ -76,6 +76,7 @@ EFFECTS: dict[str, Effect] = {
     "picture_every": on("pictures", 3),
     "keep_checkpoints": on("checkpoints", 1),
     "model.arch": on_training("vit_micro"),
+    "model.weights": on("start", "runs/x"),  # tests/interop/test_starting.py
     "model.img_size": on_training((16, 8)),
     "model.patch_size": on_training(4),
     "model.in_chans": on("channels", 3),
@@ -109,6 +110,8 @@ EFFECTS: dict[str, Effect] = {
     # Sets that lie in memory need no loader processes.
     "data.workers": Effect(1, "workers", {"data.resident": "never"}),
     "data.resident": on("residence", "never"),
+    # Of label maps: test_segmentation_teacher.py.
+    **{f"data.{f}": on("scenes", 1) for f in ("train", "test", "num_classes", "first_label", "void")},
     **of_rates("pretrain", unroll_steps=on_training(1), micro_batches=on("micro-batches", 2)),
     **of_rates("head"),
     **of_rates("mask"),

@@ -20,14 +20,14 @@ from mlomae.data.shards.source import ShardSource
 from mlomae.data.shards.table import PackedStrings, SampleTable, ShardIndex
 from mlomae.data.urls import expand, fetch, is_remote, local_path, shard_name, sibling
 from mlomae.errors import UserError
-from mlomae.sections import DataConfig
+from mlomae.sections import ImagesConfig
 
 Place = str | Sequence[str]
 """A pattern or the address of an index, or the urls of shards."""
 INFO_NAMES = ("_info.json", "info.json")  # timm's
 
 
-def open_shards(data: DataConfig, in_chans: int) -> Dataset:
+def open_shards(data: ImagesConfig, in_chans: int) -> Dataset:
     """The set that ``data.path`` names.
 
     A local folder holds train-*.tar, and test-*.tar or val-*.tar if it has a test part. Otherwise ``path``,
@@ -65,10 +65,10 @@ def open_shards(data: DataConfig, in_chans: int) -> Dataset:
     return Dataset(train, num_classes, *statistics, open_test=open_test, files=files)
 
 
-def _locate(data: DataConfig) -> tuple[Place, Place | None]:
+def _locate(data: ImagesConfig) -> tuple[Place, Place | None]:
     """Where the training part lies, and the test part."""
     path = data.path
-    assert path is not None, "DataConfig requires it"
+    assert path is not None, "ImagesConfig requires it"
     if is_remote(path):
         return path, data.test_path
     root = local_path(path)

@@ -1,0 +1,195 @@
+"""``mlomae eval``: its words, its folder, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mlomae.arguments import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from mlomae.cli import main
+from mlomae.downstream import finetune
+from mlomae.downstream.fit import Fit
+from mlomae.errors import Preempted, UserError
+
+WORDS = [
+    "--optim.epochs=1", "--optim.batch_size=700", "--augment.rand_augment=none", "--augment.crop=none",
+    "--augment.mixup=0", "--augment.cutmix=0", "--augment.erasing=0", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def encoder(digits_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to write into."""
+    shutil.copytree(digits_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def evaluate(encoder: Path, *more: str) -> int:
+    return main(["eval", "finetune", str(encoder), *WORDS, *more])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line with which the command ends."""
+    capsys.readouterr()
+    assert main(["eval", *words]) == EXIT_USER_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mlomae: error: ")
+    return lines[0].removeprefix("mlomae: error: ")
+
+
+def results(encoder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (encoder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_results_are_left_in_the_run(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(encoder) == EXIT_OK
+
+    out = encoder / "eval" / "finetune"
+    result = json.loads((out / "result.json").read_text())
+    assert result["task"] == "finetune" and result["encoder"] == str(encoder) and not result["scratch"]
+    assert 0 <= result["accuracy"] <= 1 and result["epochs"] == 1
+    names = {"config.yaml", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "predictions.png"}
+    assert names <= {path.name for path in out.iterdir()}
+    (row,) = results(encoder)
+    assert row.items() >= result.items() and row["out"] == str(out) and row["time"].startswith("20")
+    assert f"accuracy: {result['accuracy']}" in capsys.readouterr().out
+
+
+def test_a_complete_evaluation_is_not_repeated(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(encoder)
+    first = capsys.readouterr().out.splitlines()
+
+    def run(*_: object) -> dict[str, Any]:
+        raise AssertionError("repeated")
+
+    monkeypatch.setattr(finetune, "run", run)
+
+    assert evaluate(encoder, "--log-every", "3") == EXIT_OK  # which changes nothing that is computed
+    again = capsys.readouterr().out.splitlines()
+    assert set(again) == {line for line in first if not line.startswith("step ")}
+    assert len(results(encoder)) == 1
+
+
+def test_another_recipe_needs_another_folder(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(encoder)
+
+    line = refusal(capsys, "finetune", str(encoder), *WORDS, "--optim.lr=0.5")
+    assert "holds a different run (optim.lr is 0.004 there, 0.5 asked for)" in line
+    assert main(["eval", "finetune", str(encoder), *WORDS, "--optim.lr=0.5", "--out", f"{encoder}/b"]) == 0
+    assert [Path(row["out"]).name for row in results(encoder)] == ["finetune", "b"]
+
+
+def test_other_weights_need_another_folder(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(encoder)
+    weights = load_file(encoder / "encoder.safetensors")
+    weights["cls_token"] = weights["cls_token"] + torch.finfo(torch.float32).eps
+    save_file(weights, encoder / "encoder.safetensors")
+
+    assert "holds a different run (fingerprint is " in refusal(capsys, "finetune", str(encoder), *WORDS)
+    recorded = str(encoder / "eval" / "finetune" / "config.yaml")
+    assert "fingerprint: " in refusal(capsys, "finetune", str(encoder), "--config", recorded)
+
+
+def test_the_baseline_from_scratch_has_its_own_folder(encoder: Path) -> None:
+    assert evaluate(encoder, "--scratch", "true") == EXIT_OK
+
+    assert (encoder / "eval" / "finetune-scratch" / "result.json").exists()
+    assert results(encoder)[0]["scratch"] is True
+
+
+def test_a_preempted_evaluation_says_so(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: Fit) -> dict[str, Any]:
+        raise Preempted("stopped by SIGTERM after step 1, which is saved; the same command goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "run", run)
+        assert evaluate(encoder) == EXIT_PREEMPTED
+    assert "the same command goes on" in capsys.readouterr().err
+
+    assert evaluate(encoder) == EXIT_OK
+
+
+def test_a_mistake_leaves_the_folder_free(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corrected command may use it."""
+    assert "optim.batch_size: 7000 exceeds" in refusal(
+        capsys, "finetune", str(encoder), *WORDS, "--optim.batch_size=7000"
+    )
+
+    assert evaluate(encoder) == EXIT_OK
+
+
+def test_what_was_begun_keeps_its_folder(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = Fit._save
+
+    def fail(self: Fit) -> None:
+        save(self)
+        raise UserError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_save", fail)
+        assert refusal(capsys, "finetune", str(encoder), *WORDS) == "disk full"
+
+    assert "holds a different run" in refusal(capsys, "finetune", str(encoder), *WORDS, "--seed=4")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((), "the following arguments are required: TASK; see --help"),
+        (("finetun",), "argument TASK: invalid choice: 'finetun'"),
+        (("finetune",), "eval: no encoder given; name a run directory or a file with weights"),
+        (("finetune", "--optim.epochs", "3"), "eval: no encoder given"),
+        (("finetune", "nowhere", "--data.dataset", "digits"), "nowhere: "),
+        (("finetune", "nowhere"), "data.dataset: missing, and nowhere is no run directory"),
+        (("finetune", "RUN", "--optim.epoch", "3"), "optim.epoch: unknown key; did you mean 'epochs'?"),
+        (("finetune", "RUN", "--augment.mixupp", "3"), "augment.mixupp: unknown key; did you mean 'mixup'?"),
+        (("finetune", "RUN", "--optim.lr", "1", "--optim.min_lr", "2"), "optim: min_lr 2.0 is above lr 1.0"),
+        (("finetune", "RUN", "--augment.rand_augment", "x"), "augment.rand_augment: 'x' is not timm's"),
+        (("finetune", "RUN", "--pool", "cls"), "pool: input should be 'avg' or 'token', found 'cls'"),
+        (("finetune", "RUN", "3"), "argument '3': expected --section.field value"),
+    ],
+)
+def test_misuse_is_one_line(
+    digits_run: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], line: str
+) -> None:
+    words = tuple(str(digits_run) if word == "RUN" else word for word in words)
+
+    assert line in refusal(capsys, *words)
+    assert not (digits_run / "eval").exists()
+
+
+def test_weights_without_a_run_need_a_folder(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(digits_run / "encoder.safetensors", tmp_path / "weights.safetensors")
+
+    line = refusal(capsys, "finetune", str(tmp_path / "weights.safetensors"), "--data.dataset", "digits")
+
+    assert line.startswith(("out: ", str(tmp_path)))  # or these weights alone are not enough
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--help",), ("finetune   a classifier, trained with the encoder", "eval TASK --help")),
+        (("finetune", "--help"), ("--optim.layer_decay", "--augment.rand_augment", "--scratch")),
+    ],
+)
+def test_help(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", *words])
+
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(part in text for part in expected)
