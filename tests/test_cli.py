@@ -15,7 +15,14 @@ import yaml
 
 from mlomae.cli import main, parse
 from mlomae.config import Config, dump_config, flatten
-from tests.integration.tiny import read_metrics, tiny_config, train, without_pictures, write_recipe
+from tests.integration.tiny import (
+    FEW_TO_FIT,
+    read_metrics,
+    tiny_config,
+    train,
+    without_pictures,
+    write_recipe,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 Refuse = Callable[..., str]
@@ -301,7 +308,7 @@ def test_a_saved_configuration_can_be_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_pictures(monkeypatch)
-    recipe = write_recipe(tmp_path / "tiny.yaml", {"iterations": 2})
+    recipe = write_recipe(tmp_path / "tiny.yaml", {**FEW_TO_FIT, "iterations": 2})
     first, second = tmp_path / "first", tmp_path / "second"
 
     assert main(["train", "--config", str(recipe), "--run-dir", str(first), "--seed", "7"]) == 0

@@ -54,6 +54,11 @@ class PixelBatch:
         small = self.number, self.first_row, self.faults
         return _unpack, (self.pixels, self.indices.numpy(), labels, *small)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that ``to`` moves."""
+        return [self.pixels] if self.labels is None else [self.pixels, self.labels]
+
     def to(self, device: torch.device) -> PixelBatch:
         """On the device; from pinned memory without waiting."""
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)

@@ -191,8 +191,7 @@ def upload_ahead(batches: Iterator[PixelBatch], device: torch.device) -> Generat
         current = torch.cuda.current_stream(device)
         # Before the next copy is queued, which nobody has to wait for yet.
         current.wait_stream(side)
-        for tensor in (ahead.pixels, ahead.labels):
-            if tensor is not None:
-                tensor.record_stream(current)
+        for tensor in ahead.tensors:
+            tensor.record_stream(current)
         ready, ahead = ahead, upload()
         yield ready

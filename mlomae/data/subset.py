@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mlomae.data.transforms import Augment, augment, augment_maps, fit, load, lo
 # Bad samples in a row after which nothing good is expected any more. Others are far from the first one: a set
 # of which only a shard or a folder is bad does not get there.
 MAX_IN_A_ROW = 100
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Subset:
         """
         if self.source.stack is not None:
             return self._take(rows, kind, u)
-        return self.load(map(self._substitutes, rows.tolist()), self.content, kind, u)
+        return self.load((substitutes(row, len(self)) for row in rows.tolist()), self.content, kind, u)
 
     def read_good(self, rows: Tensor) -> Loaded:
         """Images of ``rows``, not augmented, without those of bad samples."""
@@ -133,10 +135,6 @@ class Subset:
             known = augment_maps(kind, torch.stack(maps) if maps else empty[:, 0], u)
         return Loaded(augment(kind, stacked, u), indices, known, tuple(faults))
 
-    def _substitutes(self, row: int) -> Iterator[int]:
-        stride = stride_of(len(self))
-        return ((row + step * stride) % len(self) for step in range(len(self)))
-
     def _take(self, rows: Tensor, kind: Augment, u: Tensor) -> Loaded:
         indices = self.indices[rows]
         assert self.source.stack is not None
@@ -168,6 +166,38 @@ def _label_map(source: SceneSource, index: int, encoded: bytes) -> Tensor:
     if (height, width) != (rows, columns):
         raise BadSample("label", f"its label map has {columns} x {rows} pixels, the image {width} x {height}")
     return labels
+
+
+def substitutes(row: int, length: int) -> Iterator[int]:
+    """``row`` and then all others of ``length``, far from it first: what is tried where a sample is bad."""
+    stride = stride_of(length)
+    return ((row + step * stride) % length for step in range(length))
+
+
+def first_good(
+    candidates: Iterable[int], keys: Sequence[str], read: Callable[[int], Content], faults: list[Fault]
+) -> tuple[int, Content]:
+    """The first sample that can be read, and what was read.
+
+    Args:
+        candidates: indices into ``keys``.
+        read: raises BadSample.
+        faults: receives the bad ones before it.
+
+    Raises:
+        HopelessError: MAX_IN_A_ROW samples are bad.
+    """
+    for index in itertools.islice(candidates, MAX_IN_A_ROW):
+        try:
+            return index, read(index)
+        except BadSample as bad:
+            faults.append(Fault(keys[index], bad.kind, bad.reason))
+    last = faults[-1]
+    raise HopelessError(
+        f"{last.key}: {last.reason}, and those tried before it are bad too; check that this is the right "
+        "data",
+        tuple(faults),
+    )
 
 
 @lru_cache(maxsize=64)

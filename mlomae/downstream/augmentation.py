@@ -61,10 +61,8 @@ class AugmentConfig(Section):
     @field_validator("rand_augment")
     @classmethod
     def _check_rand_augment(cls, value: str) -> str:
-        if value and not _RAND_AUGMENT.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is not timm's notation; such as rand-m9-mstd0.5-inc1, or '' for none"
-            )
+        if value != "none" and not _RAND_AUGMENT.fullmatch(value):
+            raise ValueError(f"{value!r} is neither none nor timm's notation, such as rand-m9-mstd0.5-inc1")
         return value
 
     @property

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mlomae.data.batches import Batches, Order, PixelBatch, permutation
 from mlomae.data.boxes import BoxSource
-from mlomae.data.faults import BadSample, Fault, HopelessError
-from mlomae.data.subset import MAX_IN_A_ROW, stride_of
+from mlomae.data.faults import BadSample, Fault
+from mlomae.data.subset import first_good, substitutes
 from mlomae.downstream.box_transforms import BoxAugmentConfig, Size, augment, fit
 from mlomae.random import stream_seed
 
@@ -40,6 +40,11 @@ class BoxBatch(PixelBatch):
         small = [part.numpy() for part in (self.indices, self.boxes, self.classes)]
         rest = self.number, self.first_row, self.faults, self.sizes, self.counts
         return _unpack, (self.pixels, *small, *rest)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that ``to`` moves."""
+        return [self.pixels, self.boxes, self.classes]
 
     def to(self, device: torch.device) -> BoxBatch:
         """On the device; from pinned memory without waiting."""
@@ -101,27 +106,14 @@ class TrainingBoxes(Batches):
 
     def _item(self, wanted: int, seed: int, faults: list[Fault]) -> _Item:
         """Image ``wanted``, or where it is bad another one, which depends on ``wanted`` only."""
-        tried = min(MAX_IN_A_ROW, len(self.source))
-        stride = stride_of(len(self.source))
-        for step in range(tried):
-            index = (wanted + step * stride) % len(self.source)
-            try:
-                image = self.source.image(index, self.in_chans)
-            except BadSample as bad:
-                faults.append(Fault(self.source.keys[index], bad.kind, bad.reason))
-                continue
-            objects = self.source.objects(index)
-            single = ~objects.crowd
-            view = augment(
-                image, objects.boxes[single], objects.labels[single], self.frame, self.config, seed
-            )
-            return _Item(index, *view)
-        last = faults[-1]
-        raise HopelessError(
-            f"{last.key}: {last.reason}, and {tried - 1} others tried with it are bad too; "
-            "check that this is the right data",
-            tuple(faults),
+        source, in_chans = self.source, self.in_chans
+        index, image = first_good(
+            substitutes(wanted, len(source)), source.keys, lambda index: source.image(index, in_chans), faults
         )
+        objects = source.objects(index)
+        single = ~objects.crowd
+        view = augment(image, objects.boxes[single], objects.labels[single], self.frame, self.config, seed)
+        return _Item(index, *view)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mlomae.bad_samples import BadSamples
-from mlomae.data.batches import Batches, Order, PixelBatch, iterate
 from mlomae.data.boxes import BoxesConfig, open_boxes
 from mlomae.data.decoding import MODES
-from mlomae.data.faults import HopelessError
-from mlomae.data.ledger import FaultLedger
 from mlomae.data.splits import verify_files
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
@@ -24,12 +19,12 @@ from mlomae.downstream.average_precision import Found, average_precision
 from mlomae.downstream.box_batches import BoxBatch, ScoredBoxes, TrainingBoxes
 from mlomae.downstream.box_transforms import BoxAugmentConfig, Size
 from mlomae.downstream.fit import Fit
+from mlomae.downstream.reader import Reader, order_of
 from mlomae.downstream.sections import OptimConfig, TrainedTaskConfig
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.preemption import Preemption
 from mlomae.random import stream_seed
-from mlomae.ranges import position
 from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Section
 
@@ -85,15 +80,12 @@ def run(
     Raises:
         UserError: the data or the encoder does not suit the task.
     """
-    task = DetectTask(config, pretrained, run_dir.bad_samples, world)
+    task = DetectTask(config, pretrained, run_dir, world)
     return Fit(task, config, run_dir, world, preemption).run()
 
 
 class DetectTask:
     """What ``Fit`` needs to know (``mlomae.downstream.fit.Task``).
-
-    Args:
-        bad_samples: file that names them.
 
     Raises:
         UserError: the data or the encoder does not suit the task.
@@ -102,42 +94,25 @@ class DetectTask:
     encoder_prefix = "backbone.encoder."
     show: Mapping[str, str] = {"loss": "loss {:.4f}", "lr": "lr {:.2e}"}
 
-    def __init__(self, config: Config, pretrained: Pretrained, bad_samples: Path, world: World) -> None:
+    def __init__(self, config: Config, pretrained: Pretrained, run_dir: RunDir, world: World) -> None:
         self._config, self._in_chans, self._world = config, pretrained.in_chans, world
         self._frame = frame_of(config.size or pretrained.img_size, pretrained.patch_size)
         if pretrained.in_chans not in MODES:
             raise UserError(f"encoder: {pretrained.in_chans} channels do not suit image files; use 3 or 1")
         self._train, self._test = open_boxes(config.data)
         verify_files(self._train.files, self._test.files)
-        self._local = _share(config.optim.batch_size, len(self._train), world.size)
+        self._order = order_of(config, "detect", len(self._train), world)
         self.steps_per_epoch = len(self._train) // config.optim.batch_size
-        self._ledger = FaultLedger(config.data.max_bad_share)
+        self._reader = Reader(config, config.data.workers, config.data.max_bad_share, run_dir, world)
         for source in (self._train, self._test):
-            self._ledger.expect(len(source))
-            self._ledger.add(source.faults)
-        self._bad_samples = BadSamples(self._ledger, bad_samples)
-        self._bad_samples.restore()
-        self._iterator: Generator[PixelBatch, None, None] | None = None
-        self._title = ""
+            self._reader.ledger.expect(len(source))
+            self._reader.ledger.add(source.faults)
         self.model: nn.Module = self._build(pretrained)
 
     def batches(self, first: int) -> Iterator[BoxBatch]:
         """This rank's share of batch ``first`` and all that follow, without end, on the device."""
-        order = Order(
-            seed=(self._config.seed, "detect", "order"),
-            augment_seed=stream_seed(self._config.seed, "detect", "augment"),
-            batch=self._config.optim.batch_size,
-            local=self._local,
-            first_row=self._world.rank * self._local,
-        )
-        batches = TrainingBoxes(self._train, self._frame, self._in_chans, self._config.augment, order)
-        self._iterator = self._iterate(batches, itertools.count(first))
-        try:
-            for batch in self._iterator:
-                yield self._taken(batch)
-        except HopelessError as error:
-            self._ledger.add(error.faults)  # which often has a better reason to stop
-            raise
+        batches = TrainingBoxes(self._train, self._frame, self._in_chans, self._config.augment, self._order)
+        return self._reader.training(batches, first, self.steps_per_epoch)
 
     def loss(self, model: nn.Module, batch: BoxBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of torchvision's four losses, and each of them."""
@@ -147,17 +122,16 @@ class DetectTask:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures of ``average_precision``; every rank looks at its share of the test images."""
-        world = self._world
-        gathered = collectives.gather_object(
-            list(self._detect(model, range(world.rank, len(self._test), world.size)))
-        )
-        self._bad_samples.exchange()
+        batches = self._scored(range(len(self._test)))
+        found_here = self._detect(model, self._reader.testing(batches, len(batches)))
+        gathered = collectives.gather_object(list(found_here))
+        num_bad = self._reader.finish()
         if gathered is None:
             return {}
         found = sorted((entry for part in gathered for entry in part), key=lambda entry: entry.index)
         figures = average_precision(self._test, found)
         self._title = f"AP {figures['ap']:.3f} on {len(found)} test images"
-        return {**figures, "num_test": len(found), "bad_samples": len(self._ledger)}
+        return {**figures, "num_test": len(found), "bad_samples": num_bad}
 
     def draw(self, model: nn.Module, path: Path) -> None:
         """Some test images, with what is found and what is there."""
@@ -165,7 +139,8 @@ class DetectTask:
 
         chosen = torch.linspace(0, len(self._test) - 1, PICTURED).long().unique().tolist()
         with torch.no_grad():
-            found = list(self._detect(model, chosen))
+            batch = self._scored(chosen, len(chosen)).read(0).to(self._world.device)
+            found = list(self._detect(model, [batch]))
         panels = [
             Panel(
                 self._test.image(entry.index, self._in_chans).permute(1, 2, 0).numpy(),
@@ -179,9 +154,7 @@ class DetectTask:
 
     def close(self) -> None:
         """Ends loader processes, and names the bad samples that rank 0 has met."""
-        if self._iterator is not None:
-            self._iterator.close()
-        self._bad_samples.write_own()
+        self._reader.close()
 
     def _build(self, pretrained: Pretrained) -> nn.Module:
         from mlomae.downstream.detector import build_detector
@@ -199,35 +172,18 @@ class DetectTask:
             )
         return model.to(self._world.device)
 
-    def _detect(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Found]:
+    def _scored(self, indices: Sequence[int], batch: int | None = None) -> ScoredBoxes:
+        return ScoredBoxes(self._test, self._frame, self._in_chans, indices, batch or self._order.local)
+
+    def _detect(self, model: nn.Module, batches: Iterable[BoxBatch]) -> Iterator[Found]:
         """What the model finds in some test images; bad ones are left out."""
-        batches = ScoredBoxes(self._test, self._frame, self._in_chans, indices, self._local)
-        for batch in self._iterate(batches, range(len(batches))):
-            position.number += 1  # a sign of progress
-            taken = self._taken(batch)
-            if not taken.sizes:
-                continue
-            outputs = model(taken.images())
-            for index, size, output in zip(taken.indices.tolist(), taken.sizes, outputs, strict=True):
+        for batch in batches:
+            outputs = model(batch.images()) if batch.sizes else []
+            for index, size, output in zip(batch.indices.tolist(), batch.sizes, outputs, strict=True):
                 height, width = self._test.sizes[index]
                 scale = torch.tensor([width / size[1], height / size[0]] * 2)
                 boxes, scores, labels = (output[name].cpu() for name in ("boxes", "scores", "labels"))
                 yield Found(index, (boxes * scale).numpy(), scores.numpy(), labels.numpy())
-
-    def _iterate(self, batches: Batches, numbers: Iterable[int]) -> Generator[PixelBatch, None, None]:
-        pin = self._world.device.type == "cuda"
-        return iterate(batches, numbers, self._config.data.workers, pin)
-
-    def _taken(self, batch: PixelBatch) -> BoxBatch:
-        """On the device; what was bad on the way is taken down."""
-        assert isinstance(batch, BoxBatch)
-        if self._world.size == 1:
-            self._ledger.add(batch.faults)
-        else:
-            self._ledger.note(
-                batch.faults
-            )  # all ranks stop together, when they have exchanged what they know
-        return batch.to(self._world.device)
 
 
 def frame_of(size: Size, patch_size: int) -> Size:
@@ -242,11 +198,3 @@ def frame_of(size: Size, patch_size: int) -> Size:
         )
     step = 4 * patch_size
     return -(-size[0] // step) * step, -(-size[1] // step) * step
-
-
-def _share(batch: int, images: int, ranks: int) -> int:
-    if batch > images:
-        raise UserError(f"optim.batch_size: {batch} exceeds the {images} training images; lower it")
-    if batch % ranks:
-        raise UserError(f"optim.batch_size: {batch} is not divisible by the {ranks} ranks; use a multiple")
-    return batch // ranks

@@ -100,8 +100,9 @@ def load_features(config: FeaturesConfig, pretrained: Pretrained, run_dir: RunDi
     bad_samples.restore()
     missing = collectives.broadcast_object([part for part in PARTS if not _file(folder, part).exists()])
     if missing:
+        # Before the folder is made: bad input leaves nothing behind.
+        collector = _Collector(config, pretrained, precision, world)
         with _locked(folder):
-            collector = _Collector(config, pretrained, precision, world)
             for part in missing:
                 collector.collect(part, _file(folder, part))
     parts: dict[Part, FeatureSet] = {}

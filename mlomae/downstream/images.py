@@ -21,6 +21,7 @@ from mlomae.data.subset import Subset
 from mlomae.data.urls import local_path
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
+from mlomae.interop.runs import CONFIG, run_of
 from mlomae.sections import ImagesConfig
 
 # Data sets whose keys begin with the folder of a class.
@@ -40,13 +41,13 @@ def with_data_of_run(values: Any) -> Any:
     given = values.get("data") or {}
     if not isinstance(given, dict) or "dataset" in given:
         return values
-    run = Path(str(values["encoder"])) / "config.yaml"
-    if not run.is_file():
+    run = run_of(Path(str(values["encoder"])))
+    if run is None:
         raise UserError(
-            f"data.dataset: missing, and {values['encoder']} is no run directory whose images could be "
+            f"data.dataset: missing, and {values['encoder']} is of no run whose images could be "
             "taken; give data.dataset and data.path"
         )
-    known = load_config(run, {}).data.model_dump(include=set(ImagesConfig.model_fields))
+    known = load_config(run / CONFIG, {}).data.model_dump(include=set(ImagesConfig.model_fields))
     return {**values, "data": {**known, **given}}
 
 

@@ -117,8 +117,9 @@ class Heads:
     def score(self, features: Tensor, labels: Tensor) -> Scores:
         """How well the heads classify other images: [M, F] and int64 [M], on the same device."""
         sums = torch.zeros(3, len(self.rates), dtype=torch.float64, device=features.device)
-        for rows in torch.arange(len(labels), device=labels.device).split(self._chunk):
-            logits, wanted = self._logits(features[rows[0] : rows[-1] + 1]), self._wanted(labels[rows])
+        folded = self._folded()
+        for images, classes in zip(features.split(self._chunk), labels.split(self._chunk), strict=True):
+            logits, wanted = self._classify(images, *folded), self._wanted(classes)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == wanted
             losses = -logits.log_softmax(dim=1).gather(1, wanted)
             sums += torch.stack([losses.sum((1, 2)), best[:, 0].sum(1), best.sum((1, 2))])
@@ -167,9 +168,6 @@ class Heads:
         weight.addr_(bias[:, 0], self.mean, alpha=-1).mul_(self.scale)
         count = len(rows)
         return losses, (weight / count).view(heads, classes, width), (bias / count).view(heads, classes)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return self._classify(images, *self._folded())
 
     def _classify(self, images: Tensor, folded: Tensor, offset: Tensor) -> Tensor:
         """[B, F] → [K, C, B]: images last, where the arithmetic over classes runs along memory."""

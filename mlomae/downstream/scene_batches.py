@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mlomae.data.batches import Batches, Order, PixelBatch, permutation
-from mlomae.data.faults import BadSample, Fault, HopelessError
+from mlomae.data.faults import BadSample, Fault
 from mlomae.data.scenes import SceneSource
-from mlomae.data.subset import MAX_IN_A_ROW, stride_of
+from mlomae.data.subset import first_good, substitutes
 from mlomae.downstream.joint_transforms import AugmentConfig, augment_scene, resize_image, scaled
 from mlomae.random import stream_seed
 
@@ -52,20 +50,11 @@ class TrainScenes(Batches):
 
     def _scene(self, index: int, seed: int, faults: list[Fault]) -> tuple[Tensor, Tensor]:
         """A crop of the first good sample from ``index`` on; ``faults`` receives the bad ones before it."""
-        total = len(self.source)
-        tried: Iterable[int] = ((index + step * stride_of(total)) % total for step in range(total))
-        for candidate in itertools.islice(tried, MAX_IN_A_ROW):
-            try:
-                image, labels = self.source.scene(candidate, len(self.mean))
-            except BadSample as bad:
-                faults.append(Fault(self.source.keys[candidate], bad.kind, bad.reason))
-                continue
-            return augment_scene(image, labels, self.size, self.mean, self.augment, seed)
-        raise HopelessError(
-            f"{faults[-1].key}: {faults[-1].reason}, and those tried before it are bad too; check that this "
-            "is the right data",
-            tuple(faults),
+        source, in_chans = self.source, len(self.mean)
+        _, scene = first_good(
+            substitutes(index, len(source)), source.keys, lambda index: source.scene(index, in_chans), faults
         )
+        return augment_scene(*scene, self.size, self.mean, self.augment, seed)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ taken.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlomae.bad_samples import BadSamples
-from mlomae.data.batches import Order, PixelBatch, iterate
+from mlomae.data.batches import PixelBatch
 from mlomae.data.decoding import MODES
-from mlomae.data.faults import HopelessError
-from mlomae.data.ledger import FaultLedger
 from mlomae.data.scenes import VOID, ScenesConfig, open_scenes
 from mlomae.data.splits import verify_files
-from mlomae.data.stream import upload_ahead
 from mlomae.data.transforms import normalise
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 from mlomae.downstream.confusion import Confusion
 from mlomae.downstream.fit import Fit
 from mlomae.downstream.joint_transforms import AugmentConfig
+from mlomae.downstream.reader import Reader, order_of
 from mlomae.downstream.scene_batches import TestScenes, TrainScenes
 from mlomae.downstream.scene_picture import Scene, scene_picture
 from mlomae.downstream.sections import OptimConfig, TrainedTaskConfig
@@ -40,7 +37,6 @@ from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.vit import build_vit
 from mlomae.preemption import Preemption
 from mlomae.random import stream_seed
-from mlomae.ranges import position
 from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Section
 
@@ -114,13 +110,10 @@ class Segmentation:
         verify_files(self._train.files, self._test.files)
         # Now, and not after hours of training: the fields that say what labels mean cannot change in between.
         self._test.verify()
-        self._order = _order(config, len(self._train), world)
+        self._order = order_of(config, "segment", len(self._train), world)
         self.steps_per_epoch = len(self._train) // config.optim.batch_size
-        self._ledger = FaultLedger(config.data.max_bad_share)
-        self._ledger.expect(len(self._train) + len(self._test))
-        self._bad = BadSamples(self._ledger, run_dir.bad_samples)
-        self._bad.restore()
-        self._reading: Generator[PixelBatch, None, None] | None = None
+        self._reader = Reader(config, config.data.workers, config.data.max_bad_share, run_dir, world)
+        self._reader.ledger.expect(len(self._train) + len(self._test))
         self._title = ""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "segment", "weights"))
@@ -132,8 +125,7 @@ class Segmentation:
         scenes = TrainScenes(
             self._train, self._size, self._pretrained.mean, self._config.augment, self._order
         )
-        for batch in self._read(scenes, itertools.count(first)):
-            self._take_down(batch)
+        for batch in self._reader.training(scenes, first, self.steps_per_epoch):
             images, labels = self._normalised(batch)
             yield images, labels.long()
 
@@ -148,16 +140,14 @@ class Segmentation:
         world, names = self._world, self._config.data.class_names
         confusion = Confusion(len(names), world.device)
         count = torch.zeros((), dtype=torch.int64, device=world.device)
-        for batch in self._read(self._scenes(), range(world.rank, len(self._test), world.size)):
-            position.number += 1
-            self._ledger.note(batch.faults)
+        for batch in self._reader.testing(self._scenes(), len(self._test)):
             if batch.labels is not None:
                 image, labels = self._normalised(batch)
                 confusion.add(self._predict(model, image, labels.shape[-2:]), labels[0])
                 count += 1
         confusion.reduce()
         num_test = int(collectives.total(count))
-        self._bad.exchange()
+        num_bad = self._reader.finish()
         if not num_test:
             raise UserError("data.path: no image of the test set can be used; see bad_samples.jsonl")
         figures = confusion.figures(names)
@@ -166,7 +156,7 @@ class Segmentation:
             **figures,
             "num_test": num_test,
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "bad_samples": len(self._ledger),
+            "bad_samples": num_bad,
         }
 
     @torch.no_grad()
@@ -185,9 +175,7 @@ class Segmentation:
 
     def close(self) -> None:
         """Ends loader processes, and names the bad samples that rank 0 has met."""
-        if self._reading is not None:
-            self._reading.close()
-        self._bad.write_own()
+        self._reader.close()
 
     def _scenes(self) -> TestScenes:
         return TestScenes(self._test, self._size, self._pretrained.in_chans)
@@ -198,26 +186,6 @@ class Segmentation:
             self._pretrained, self._size, config.scratch, drop_path_rate=config.optim.drop_path
         )
         return UPerNet(encoder, config.head.channels, len(config.data.class_names))
-
-    def _read(self, scenes: TrainScenes | TestScenes, numbers: Iterable[int]) -> Iterator[PixelBatch]:
-        """Batches by number, on the device."""
-        on_gpu = self._world.device.type == "cuda"
-        self._reading = reading = iterate(scenes, numbers, self._config.data.workers, pin=on_gpu)
-        try:
-            yield from upload_ahead(reading, self._world.device) if on_gpu else reading
-        except HopelessError as error:
-            self._ledger.note(error.faults)
-            if self._world.size == 1:
-                self._ledger.check()  # which often has a better reason to stop
-            raise
-
-    def _take_down(self, batch: PixelBatch) -> None:
-        """Bad samples of a training batch: at once for one rank, else all ranks together, now and then."""
-        self._ledger.note(batch.faults)
-        done = batch.number + 1
-        due = done % self._config.log_every == 0 or done % self.steps_per_epoch == 0
-        if due or (self._world.size == 1 and batch.faults):
-            self._bad.exchange()
 
     def _normalised(self, batch: PixelBatch) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
@@ -253,21 +221,3 @@ def window_scores(model: nn.Module, image: Tensor, size: tuple[int, int]) -> Ten
 def _starts(length: int, window: int) -> list[int]:
     steps = -(-(length - window) // max(1, int(window * MAX_STEP)))
     return [round(step * (length - window) / max(steps, 1)) for step in range(steps + 1)]
-
-
-def _order(config: Config, num_images: int, world: World) -> Order:
-    batch = config.optim.batch_size
-    if batch > num_images:
-        raise UserError(f"optim.batch_size: {batch} exceeds the set of {num_images} images; lower it")
-    if batch % world.size:
-        raise UserError(
-            f"optim.batch_size: {batch} is not divisible by the {world.size} ranks; use a multiple"
-        )
-    local = batch // world.size
-    return Order(
-        seed=(config.seed, "segment", "order"),
-        augment_seed=stream_seed(config.seed, "segment", "augment"),
-        batch=batch,
-        local=local,
-        first_row=world.rank * local,
-    )

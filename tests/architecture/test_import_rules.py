@@ -35,6 +35,7 @@ def _any_of(*packages: str) -> Callable[[str], bool]:
         ("triton", ("kernels/mlomae_kernels/dispatch.py", "kernels/mlomae_kernels/triton_ops/")),
         ("simplejpeg", ("mlomae/data/decoding.py",)),
         ("tensorboard", ("mlomae/metrics.py",)),
+        ("pycocotools", ("mlomae/downstream/average_precision.py",)),
         ("pynvml", ("mlomae/nvml.py",)),
         ("torch.utils.tensorboard", ("mlomae/metrics.py",)),
     ],

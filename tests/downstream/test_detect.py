@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlomae.cli import main
 from mlomae.config import load_tree
 from mlomae.distributed.env import World, join_world, leave_world
+from mlomae.downstream.box_batches import BoxBatch
 from mlomae.downstream.detect import Config, DetectTask, frame_of
 from mlomae.downstream.fit import Fit
 from mlomae.errors import UserError
@@ -55,7 +58,7 @@ def pretrained_of(patch_size: int = 16, in_chans: int = 3) -> Pretrained:
 
 
 def task_of(config: Config, folder: Path, world: World = CPU, **encoder: int) -> DetectTask:
-    return DetectTask(config, pretrained_of(**encoder), folder / "bad_samples.jsonl", world)
+    return DetectTask(config, pretrained_of(**encoder), RunDir(folder, config, set()), world)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,37 @@ def test_it_learns_to_find_rectangles(root: Path, tmp_path: Path) -> None:
     assert {"ap", "ap75", "ap_small", "ap/blue", "ap/red"} <= figures.keys()
     with Image.open(tmp_path / "out" / "predictions.png") as picture:
         assert picture.width > 1000 and picture.height > 600
+
+
+def test_a_killed_evaluation_takes_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_boxes(tmp_path / "set", {"train": 8, "test": 2})
+    config = config_of(data, epochs=2, checkpoint_every=1)
+    config = config.model_copy(
+        update={"optim": config.optim.model_copy(update={"ema": 0.9, "drop_path": 0.5})}
+    )
+
+    def run(name: str, last: int) -> Path:
+        """Fits in a folder of this name; dies before step ``last``."""
+        folder, loss = tmp_path / name, DetectTask.loss
+        run_dir = RunDir(folder, config, set())
+        run_dir.claim(primary=True)
+
+        def dying(task: DetectTask, model: nn.Module, batch: BoxBatch) -> Any:
+            if batch.number == last:
+                raise KeyboardInterrupt
+            return loss(task, model, batch)
+
+        with monkeypatch.context() as patch, Preemption() as preemption, suppress(KeyboardInterrupt):
+            patch.setattr(DetectTask, "loss", dying)
+            Fit(task_of(config, tmp_path), config, run_dir, CPU, preemption).run()
+        run_dir.release()
+        return folder / "model.safetensors"
+
+    undisturbed = load_file(run("whole", last=99))
+    assert not run("parts", last=3).exists()
+    resumed = load_file(run("parts", last=99))
+
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
 
 
 def test_nothing_is_found_before_training(root: Path, tmp_path: Path) -> None:

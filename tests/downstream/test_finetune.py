@@ -73,13 +73,13 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_digits_are_learned(digits_run: Path, tmp_path: Path) -> None:
-    optim = {"epochs": 12, "batch_size": 64, "lr": 5e-3, "layer_decay": 1.0, "clip": 1.0}
+    optim = {"epochs": 12, "batch_size": 32, "lr": 5e-3, "layer_decay": 1.0, "clip": 1.0}
 
-    figures = finetune(tmp_path, config_of(digits_run, optim=optim))
+    figures = finetune(tmp_path, config_of(digits_run, optim=optim, log_every=22))
 
     assert figures["accuracy"] > 0.9
     found = losses(tmp_path)
-    assert sum(found[-10:]) < 0.2 * sum(found[:10])
+    assert found[-1] < 0.2 * found[0]
 
 
 def test_figures_are_those_of_the_saved_model(colour_run: Path, tmp_path: Path) -> None:

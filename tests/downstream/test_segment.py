@@ -209,7 +209,7 @@ def test_a_configuration_that_cannot_be_is_refused(squares: Path, fields: Any, m
 @pytest.mark.parametrize(
     ("fields", "world", "message"),
     [
-        ({"optim__batch_size": 41}, ALONE, "optim.batch_size: 41 exceeds the set of 40 images"),
+        ({"optim__batch_size": 41}, ALONE, "optim.batch_size: 41 exceeds the 40 training images"),
         ({"optim__batch_size": 9}, World(0, 2, torch.device("cpu")), "not divisible by the 2 ranks"),
         ({"img_size": [32, 30]}, ALONE, "img_size"),
         ({"data__test": "testing"}, ALONE, "testing is not a folder"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlomae.arguments import EXIT_LOST
-from tests.integration.tiny import read_metrics, tiny_config, train, write_recipe
+from tests.integration.tiny import FEW_TO_FIT, read_metrics, tiny_config, train, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -85,12 +85,12 @@ def start(rank: int, recipe: Path, run_dir: Path) -> subprocess.Popen[str]:
 
 
 def test_a_run_across_hosts_equals_one_process(hosts: tuple[str, ...], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", {})
+    recipe = write_recipe(tmp_path / "tiny.yaml", FEW_TO_FIT)
     ranks = [start(rank, recipe, tmp_path / "run") for rank in (0, 1)]
     said = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
 
-    train(tiny_config({"run_dir": tmp_path / "whole"}))
+    train(tiny_config({**FEW_TO_FIT, "run_dir": tmp_path / "whole"}))
     found, whole = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
     for row, expected in zip(found, whole, strict=True):
         assert [row[name] for name in LOSSES] == pytest.approx([expected[name] for name in LOSSES], abs=1e-5)

@@ -15,7 +15,7 @@ import pytest
 
 from mlomae.arguments import EXIT_LOST
 from tests.distributed.ranks import free_port
-from tests.integration.tiny import read_metrics, tiny_config, train, write_recipe
+from tests.integration.tiny import FEW_TO_FIT, read_metrics, tiny_config, train, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN, DIES = ROOT / "train.py", Path(__file__).with_name("dies.py")
 TIMEOUT = 240
 ITERATIONS, DEATH = 12, 7
+FIELDS = {**FEW_TO_FIT, "iterations": ITERATIONS}
 LOSSES = ("loss/pretrain", "loss/head", "loss/mask")
 LOST = re.compile(
     r"mlomae: error: rank 1 on \S+ is lost: the process ended without a word; last seen [\w /,]+; "
@@ -32,14 +33,14 @@ LOST = re.compile(
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("lost") / "tiny.yaml", {"iterations": ITERATIONS})
+    return write_recipe(tmp_path_factory.mktemp("lost") / "tiny.yaml", FIELDS)
 
 
 @pytest.fixture(scope="module")
 def whole(recipe: Path) -> list[dict[str, Any]]:
     """The metrics of a run that nothing happens to."""
     run_dir = recipe.parent / "whole"
-    train(tiny_config({"iterations": ITERATIONS, "run_dir": run_dir}))
+    train(tiny_config({**FIELDS, "run_dir": run_dir}))
     return read_metrics(run_dir)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.tiny import read_metrics, write_recipe
+from tests.integration.tiny import FEW_TO_FIT, read_metrics, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 500
 SCHEDULE = {
+    **FEW_TO_FIT,
     "iterations": ITERATIONS,
     "log_every": 7,
     "checkpoint_every": 3,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import free_port
-from tests.integration.tiny import read_metrics, read_result, write_recipe
+from tests.integration.tiny import FEW_TO_FIT, read_metrics, read_result, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -45,7 +45,8 @@ def run(
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("launchers") / "tiny.yaml", {"iterations": 6, "log_every": 2})
+    fields = {**FEW_TO_FIT, "iterations": 6, "log_every": 2}
+    return write_recipe(tmp_path_factory.mktemp("launchers") / "tiny.yaml", fields)
 
 
 @pytest.fixture(scope="module")

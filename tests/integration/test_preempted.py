@@ -16,11 +16,17 @@ from mlomae.arguments import EXIT_OK, EXIT_PREEMPTED
 from mlomae.cli import main
 from mlomae.trainer import Trainer
 from tests.integration.test_resume import ROOT, interrupt
-from tests.integration.tiny import read_metrics, read_result, without_pictures, write_recipe
+from tests.integration.tiny import FEW_TO_FIT, read_metrics, read_result, without_pictures, write_recipe
 
 ITERATIONS = 12
 # Log lines and checkpoints fall on other iterations than the signals below.
-SCHEDULE = {"iterations": ITERATIONS, "log_every": 5, "checkpoint_every": 4, "data.augment": "shift"}
+SCHEDULE = {
+    **FEW_TO_FIT,
+    "iterations": ITERATIONS,
+    "log_every": 5,
+    "checkpoint_every": 4,
+    "data.augment": "shift",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -18,12 +18,20 @@ import torch
 from mlomae import checkpoint
 from mlomae.cli import main
 from mlomae.trainer import Trainer
-from tests.integration.tiny import read_metrics, read_result, train_and_die, without_pictures, write_recipe
+from tests.integration.tiny import (
+    FEW_TO_FIT,
+    read_metrics,
+    read_result,
+    train_and_die,
+    without_pictures,
+    write_recipe,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 45
 # Checkpoints fall between two log lines: what the meters hold then must not be lost.
 SCHEDULE = {
+    **FEW_TO_FIT,
     "iterations": ITERATIONS,
     "log_every": 5,
     "checkpoint_every": 7,

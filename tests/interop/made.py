@@ -33,12 +33,12 @@ def config_of(**fields: Any) -> Config:
     return tiny_config({**SMALL, **given})
 
 
-def shuffled(module: nn.Module, seed: int = 0) -> nn.Module:
+def shuffled(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
     """Noise on every parameter, so that no two are alike and none is at zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,10 +21,7 @@ IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(7))
 
 
 def test_timms_vit_base(tmp_path: Path) -> None:
-    vit = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    vit = shuffled(timm.create_model("vit_base_patch16_224", num_classes=0), scale=0.01).eval()
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     pretrained = read_pretrained(tmp_path / "vit.safetensors")
     assert (pretrained.arch, pretrained.img_size, pretrained.patch_size) == ("vit_base", (224, 224), 16)
@@ -46,10 +44,7 @@ def test_timms_vit_base(tmp_path: Path) -> None:
 def test_transformers_vit_mae_base(tmp_path: Path) -> None:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    model = ViTMAEForPreTraining(ViTMAEConfig(layer_norm_eps=1e-6)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    model: Any = shuffled(ViTMAEForPreTraining(ViTMAEConfig(layer_norm_eps=1e-6)), scale=0.01).eval()
     model.save_pretrained(tmp_path / "theirs")
     pretrained = read_pretrained(tmp_path / "theirs")
     assert (pretrained.arch, pretrained.decoder_heads, pretrained.norm_pix) == ("vit_base", 16, False)
@@ -71,7 +66,7 @@ def test_transformers_vit_mae_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_graphs_of_a_vit_base(to: str, tmp_path: Path) -> None:
-    vit = shuffled(timm.create_model("vit_base_patch16_224", num_classes=0))
+    vit = shuffled(timm.create_model("vit_base_patch16_224", num_classes=0), scale=0.01)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     pretrained, out = read_pretrained(tmp_path / "vit.safetensors"), tmp_path / f"out.{to}"
 

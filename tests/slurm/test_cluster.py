@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mlomae.slurm.requeue import read_attempts
-from tests.integration.tiny import Fields, read_metrics, read_result, write_recipe
+from tests.integration.tiny import FEW_TO_FIT, Fields, read_metrics, read_result, write_recipe
 from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -32,7 +32,7 @@ ON_CPUS = ("--gpus-per-node", "0", "--cpus-per-task", "1")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of the same run in a single process that nobody disturbs."""
     folder = tmp_path_factory.mktemp("alone")
-    recipe = write_recipe(folder / "tiny.yaml", {"iterations": ITERATIONS})
+    recipe = write_recipe(folder / "tiny.yaml", {**FEW_TO_FIT, "iterations": ITERATIONS})
     command = [sys.executable, "-m", "mlomae", "train", "--config", recipe, "--run-dir", folder / "run"]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "run"
@@ -40,7 +40,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(cluster: Cluster, folder: Path, fields: Fields, *options: str) -> str:
     """Submits the tiny run, with some fields changed, from ``folder``; returns the job's id."""
-    recipe = write_recipe(folder / "tiny.yaml", {"iterations": ITERATIONS, "run_dir": "run", **fields})
+    run = {**FEW_TO_FIT, "iterations": ITERATIONS, "run_dir": "run", **fields}
+    recipe = write_recipe(folder / "tiny.yaml", run)
     words = [sys.executable, "-m", "mlomae", "submit", recipe, *ON_CPUS, *options]
     return cluster.run(*words, cwd=folder).removeprefix("job: ").strip()
 
