@@ -152,6 +152,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

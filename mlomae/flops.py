@@ -121,7 +121,9 @@ def iteration_flops(config: Config, num_classes: int = 0, estimator: str | None 
     due = 1 / config.hypergradient.every
     train, heldout = config.head.batch_size, config.mask.batch_size
     answers = config.levels == 3
-    encoder, network = whole_encoder(config.model), masking_network(config)
+    # A head for pixels reads all patches.
+    pool = "patches" if config.data.has_label_maps else config.model.pool
+    encoder, network = whole_encoder(config.model, pool), masking_network(config)
     masked_images = math.ceil(config.hypergradient.share * config.pretrain.batch_size)
     direction = heldout * encoder.training + train * (encoder.training if answers else encoder.forward)
     return {
@@ -147,11 +149,11 @@ def masked_encoder(config: Config) -> Products:
     return patch_projection(config.model) + _blocks(depth, 1 + config.num_keep, width)
 
 
-def whole_encoder(model: ModelConfig) -> Products:
-    """The encoder on the class token and all L patches, as ``model.pool`` reads it."""
+def whole_encoder(model: ModelConfig, pool: str) -> Products:
+    """The encoder on the class token and all L patches, as ``pool`` reads it."""
     width, depth, _ = SIZES[model.arch]
     tokens = 1 + model.num_patches
-    if model.pool != "cls":
+    if pool != "cls":
         return patch_projection(model) + _blocks(depth, tokens, width)
     # Behind the packed projection of its queries, keys and values, the last block has one token left.
     last = _block(width, tokens, tokens, queries=1, outputs=1)
@@ -215,7 +217,10 @@ def _influence(config: Config, estimator: str | None) -> float:
 
 def _head(config: Config, num_classes: int, answers: bool, due: float) -> float:
     """FLOPs of the linear classifier: its own step, and its answer where a hypergradient is due."""
-    product = 2 * num_pooled(SIZES[config.model.arch][0], config.model.pool) * num_classes
+    model, width = config.model, SIZES[config.model.arch][0]
+    # Of an image, or of each of its patches; upsampling is left out.
+    inputs = width * model.num_patches if config.data.has_label_maps else num_pooled(width, model.pool)
+    product = 2 * inputs * num_classes
     train, heldout = config.head.batch_size, config.mask.batch_size
     # Its step takes two products, since the features are constant. Its answer differentiates the held-out
     # loss in the features and, where the head moves, in its weights too; the look-ahead step and its mixed

@@ -110,7 +110,7 @@ class Hypergradient:
         self.config = config.hypergradient
         self.engine = engine
         # A head for pixels reads the patches themselves.
-        self.pool = None if config.data.has_label_maps else config.model.pool
+        self.pool = "patches" if config.data.has_label_maps else config.model.pool
         self.space = engine.weight_space("encoder.")
         self._head = head
         with engine.autocast():
@@ -140,8 +140,6 @@ class Hypergradient:
         """
         with self.engine.autocast():
             features = self.autoencoder.encoder(images, pool=self.pool)
-        if self.pool is None:
-            features = features[:, 1:]
         # The head's own derivatives are taken outside autocast: they are exact and cost nothing.
         return features.to(images.dtype)
 

@@ -25,6 +25,7 @@ from mlomae.models.selection import MaskPolicy
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
 from mlomae_kernels.ops import linear
+from tests.data.made_scenes import write_scenes
 from tests.integration.tiny import tiny_config
 
 NUM_CLASSES = 10
@@ -110,17 +111,17 @@ def test_whole_encoder_is_counted_exactly(pool: str) -> None:
     images = torch.randn(3, config.model.in_chans, *config.model.size)
     with torch.no_grad(), _counting() as flops:
         encoder(images, pool=pool)
-        assert flops() == 3 * whole_encoder(config.model).forward
+        assert flops() == 3 * whole_encoder(config.model, pool).forward
     with _counting() as flops:
         encoder(images, pool=pool).sum().backward()
-        assert flops() == 3 * whole_encoder(config.model).training
+        assert flops() == 3 * whole_encoder(config.model, pool).training
 
 
 @pytest.mark.parametrize(("arch", "giga"), [("vit_base", 17.6), ("vit_large", 61.6)])
 def test_whole_encoder_agrees_with_published_figures(arch: str, giga: float) -> None:
     # Multiply-adds of ViT-B/16 and ViT-L/16 at 224 x 224 pixels: Liu et al., "A ConvNet for the 2020s", 2022.
     config = Config.model_validate({"model": {"arch": arch, "pool": "mean"}})
-    assert whole_encoder(config.model).forward / 2e9 == pytest.approx(giga, rel=3e-3)
+    assert whole_encoder(config.model, config.model.pool).forward / 2e9 == pytest.approx(giga, rel=3e-3)
 
 
 class _Parts:
@@ -208,6 +209,24 @@ def test_iteration_is_counted_by_part(
 ) -> None:
     config = _config(fields)
     expected = iteration_flops(config, NUM_CLASSES)
+    assert _spent(config, monkeypatch, tmp_path) == pytest.approx(
+        {part: flops for part, flops in expected.items() if flops}, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_a_head_of_pixels_is_counted_by_patches(
+    levels: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_scenes(tmp_path, "training", 60)
+    write_scenes(tmp_path, "validation", 1, first=100)
+    config = _config(
+        {
+            "levels": levels, "model.pool": "cls", "model.img_size": [16, 24], "model.in_chans": 3,
+            "data.dataset": "scenes", "data.path": str(tmp_path), "data.num_classes": 3, "data.void": [7],
+        }
+    )  # fmt: skip
+    expected = iteration_flops(config, 3)
     assert _spent(config, monkeypatch, tmp_path) == pytest.approx(
         {part: flops for part, flops in expected.items() if flops}, rel=0.01
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -22,8 +21,8 @@ from torchvision.transforms import functional
 
 from mlomae.data.batches import Batches, Order, PixelBatch, permutation
 from mlomae.data.decoding import decode_image
-from mlomae.data.faults import BadSample, Fault, HopelessError
-from mlomae.data.subset import MAX_IN_A_ROW, Subset, stride_of
+from mlomae.data.faults import Fault
+from mlomae.data.subset import Subset, first_good, substitutes
 from mlomae.data.transforms import fit
 from mlomae.random import stream_seed
 from mlomae.sections import NonNegative, Section, Share
@@ -138,7 +137,7 @@ def _rand_augment(notation: str, side: int, mean: tuple[float, ...]) -> RandAugm
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """As timm's, which at its highest magnitude asks for 0 bits: black, which Pillow refuses since 12.2."""
+    """As timm's, which at its highest magnitude asks for 0 bits: black, which newer Pillow refuses."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
@@ -196,15 +195,12 @@ class AugmentedBatches(Batches):
         if source.stack is not None:
             index = int(self.subset.indices[row])
             return source.stack[index], index
+        indices, channels = self.subset.indices, len(self.subset.mean)
         least = self.subset.size if self.augmentation.fits else None
-        for step in itertools.islice(range(total), MAX_IN_A_ROW):
-            index = int(self.subset.indices[(row + step * stride_of(total)) % total])
-            try:
-                return decode_image(source.content(index), len(self.subset.mean), least), index
-            except BadSample as bad:
-                faults.append(Fault(source.keys[index], bad.kind, bad.reason))
-        raise HopelessError(
-            f"{faults[-1].key}: {faults[-1].reason}, and those tried before it are bad too; check that this "
-            "is the right data",
-            tuple(faults),
+        index, image = first_good(
+            (int(indices[other]) for other in substitutes(row, total)),
+            source.keys,
+            lambda index: decode_image(source.content(index), channels, least),
+            faults,
         )
+        return image, index

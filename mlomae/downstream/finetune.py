@@ -5,8 +5,7 @@ It trains on all labelled training images, held-out ones included; the test imag
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlomae.bad_samples import BadSamples
-from mlomae.data.batches import Order, OrderedBatches, PixelBatch, iterate
-from mlomae.data.faults import HopelessError
-from mlomae.data.ledger import FaultLedger
-from mlomae.data.stream import upload_ahead
+from mlomae.data.batches import OrderedBatches, PixelBatch
 from mlomae.data.subset import Subset
 from mlomae.data.transforms import normalise
 from mlomae.distributed import collectives
@@ -31,13 +26,13 @@ from mlomae.downstream.augmentation import Augmentation, AugmentConfig, Augmente
 from mlomae.downstream.class_picture import COLUMNS, Guess, class_picture
 from mlomae.downstream.fit import Fit
 from mlomae.downstream.images import LabelledImages, with_data_of_run
+from mlomae.downstream.reader import Reader, order_of
 from mlomae.downstream.sections import TrainedTaskConfig
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.vit import build_vit
 from mlomae.preemption import Preemption
 from mlomae.random import stream_seed
-from mlomae.ranges import position
 from mlomae.run_dir import RunDir
 from mlomae.sections import ImagesConfig
 
@@ -87,18 +82,16 @@ class Classification:
 
     def __init__(self, config: Config, pretrained: Pretrained, run_dir: RunDir, world: World) -> None:
         assert config.data is not None, "Config requires it beside an encoder"
-        self._config, self._world, self._workers = config, world, config.data.workers
+        self._config, self._world = config, world
         self._size = config.size or pretrained.img_size
-        self._ledger = FaultLedger(config.data.max_bad_share)
-        self._bad = BadSamples(self._ledger, run_dir.bad_samples)
-        self._bad.restore()
-        self._images = LabelledImages(config.data, pretrained, self._ledger)
+        self._reader = Reader(config, config.data.workers, config.data.max_bad_share, run_dir, world)
+        self._images = LabelledImages(config.data, pretrained, self._reader.ledger)
         self._train = self._images.train(self._size)
-        self._order = _order(config, len(self._train), world)
+        self._order = order_of(config, "finetune", len(self._train), world)
+        _require_pairs(config, self._order.local, world.size)
         self.steps_per_epoch = len(self._train) // config.optim.batch_size
         self._augmentation = Augmentation(config.augment, self._size, pretrained.mean)
         self._noise = _Noise(config.augment, self._images.num_classes)
-        self._reading: Generator[PixelBatch, None, None] | None = None
         self._title = ""
         scores = {} if config.augment.mixes else {"accuracy": "accuracy {:.3f}"}
         self.show: Mapping[str, str] = {"loss": "loss {:.4f}", **scores, "lr": "lr {:.2g}"}
@@ -110,8 +103,7 @@ class Classification:
     def batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images float32 [B, C, h, w] and labels int64 [B]."""
         batches = AugmentedBatches(self._train, self._augmentation, self._order)
-        for batch in self._read(batches, itertools.count(first)):
-            self._take_down(batch)
+        for batch in self._reader.training(batches, first, self.steps_per_epoch):
             yield self._normalised(batch)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,9 +121,7 @@ class Classification:
         batches = OrderedBatches(self._test, self._order.local)
         top = TOP if self._images.num_classes > 2 * TOP else 1
         sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)
-        for batch in self._read(batches, range(self._world.rank, len(batches), self._world.size)):
-            position.number += 1
-            self._ledger.note(batch.faults)
+        for batch in self._reader.testing(batches, len(batches)):
             if len(batch.indices):
                 images, labels = self._normalised(batch)
                 logits = model(self._cut(images)).float()
@@ -140,7 +130,7 @@ class Classification:
                 count = torch.full_like(loss, len(labels))
                 sums += torch.stack([value.double() for value in (hits[:, 0].sum(), hits.sum(), loss, count)])
         first, among, loss_sum, total = collectives.total(sums).tolist()
-        self._bad.exchange()
+        num_bad = self._reader.finish()
         if not total:
             raise UserError("data.path: no image of the test set can be used; see bad_samples.jsonl")
         self._title = f"accuracy {first / total:.3f} on {total:,.0f} test images"
@@ -150,7 +140,7 @@ class Classification:
             "loss": loss_sum / total,
             "num_test": int(total),
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "bad_samples": len(self._ledger),
+            "bad_samples": num_bad,
         }
 
     @torch.no_grad()
@@ -168,31 +158,7 @@ class Classification:
 
     def close(self) -> None:
         """Ends loader processes, and names the bad samples that rank 0 has met."""
-        if self._reading is not None:
-            self._reading.close()
-        self._bad.write_own()
-
-    def _read(
-        self, batches: AugmentedBatches | OrderedBatches, numbers: Iterable[int]
-    ) -> Iterator[PixelBatch]:
-        """Batches by number, on the device."""
-        on_gpu = self._world.device.type == "cuda"
-        self._reading = reading = iterate(batches, numbers, self._workers, pin=on_gpu)
-        try:
-            yield from upload_ahead(reading, self._world.device) if on_gpu else reading
-        except HopelessError as error:
-            self._ledger.note(error.faults)
-            if self._world.size == 1:
-                self._ledger.check()  # which often has a better reason to stop
-            raise
-
-    def _take_down(self, batch: PixelBatch) -> None:
-        """Bad samples of a training batch: at once for one rank, else all ranks together, now and then."""
-        self._ledger.note(batch.faults)
-        done = batch.number + 1
-        due = done % self._config.log_every == 0 or done % self.steps_per_epoch == 0
-        if due or (self._world.size == 1 and batch.faults):
-            self._bad.exchange()
+        self._reader.close()
 
     def _normalised(self, batch: PixelBatch) -> tuple[Tensor, Tensor]:
         assert batch.labels is not None
@@ -247,24 +213,9 @@ def build_classifier(config: Config, pretrained: Pretrained, num_classes: int) -
     return vit
 
 
-def _order(config: Config, num_images: int, world: World) -> Order:
-    batch = config.optim.batch_size
-    if batch > num_images:
-        raise UserError(f"optim.batch_size: {batch} exceeds the {num_images} training images; lower it")
-    if batch % world.size:
-        raise UserError(
-            f"optim.batch_size: {batch} is not divisible by the {world.size} ranks; use a multiple"
-        )
-    local = batch // world.size
+def _require_pairs(config: Config, local: int, ranks: int) -> None:
     if config.augment.mixes and local % 2:
         raise UserError(
-            f"optim.batch_size: {batch} gives a rank {local} images, but mixup and cutmix take "
-            f"them in pairs; use a multiple of {2 * world.size}, or set augment.mixup and augment.cutmix to 0"
+            f"optim.batch_size: {config.optim.batch_size} gives a rank {local} images, but mixup and cutmix "
+            f"take them in pairs; use a multiple of {2 * ranks}, or set augment.mixup and augment.cutmix to 0"
         )
-    return Order(
-        seed=(config.seed, "finetune", "order"),
-        augment_seed=stream_seed(config.seed, "finetune", "augment"),
-        batch=batch,
-        local=local,
-        first_row=world.rank * local,
-    )

@@ -16,8 +16,8 @@ from mlomae.interop.pretrained import FACTS, Facts, Pretrained
 
 # A file of protocol buffers cannot be larger; weights above it go to a second file.
 _ONNX_LIMIT = 2**31 - 2**24  # bytes
-# Of the exported features, relative to the largest: a wrong graph is far beyond. Measured with a ViT-B: 1.3e-6,
-# and 2e-5 with weights so noisy that torch's own float32 is 1.4e-5 from float64.
+# Of the exported features, relative to the largest: a wrong graph is far beyond. Measured with a ViT-B:
+# 1.3e-6, and 2e-5 with weights so noisy that torch's own float32 is 1.4e-5 from float64.
 _TOLERANCE = 1e-4
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 

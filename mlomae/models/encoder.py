@@ -31,6 +31,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 _POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
+    "patches": lambda tokens: tokens[:, 1:],
 }
 
 
@@ -79,7 +80,7 @@ class ViTEncoder(VisionTransformer):
             pool: what is made of the tokens, see ``pool_features``; None for the tokens themselves.
 
         Returns:
-            [B, 1 + K, D] normalised tokens, CLS first; with ``pool`` [B, F] features.
+            [B, 1 + K, D] normalised tokens, CLS first; with ``pool`` features.
         """
         tokens = self.patch_embed(images)
         if ids_keep is None:
@@ -109,7 +110,10 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool, lean
 
 
 def pool_features(tokens: Tensor, pool: str) -> Tensor:
-    """[B, 1 + L, D] encoder tokens → [B, F]: CLS token, mean of the patch tokens, or both (F = 2D)."""
+    """[B, 1 + L, D] encoder tokens → [B, F]: CLS token, mean of the patch tokens, or both (F = 2D).
+
+    ``patches`` are the patch tokens themselves, [B, L, D].
+    """
     return torch.cat([_POOLS[name](tokens) for name in pool.split("+")], dim=1)
 
 

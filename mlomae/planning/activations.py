@@ -102,7 +102,7 @@ class Passes:
         layers = [self._embedding(images, 1 + model.num_patches)]
         layers += self._blocks(depth - 1, tokens, width, heads, lean=True)
         r, a = FLOAT32 * tokens * width, self.product * tokens * width
-        if model.pool != "cls":
+        if model.pool != "cls" or self.config.data.has_label_maps:
             # The last block is never recomputed as a whole. Behind it, the normalised tokens are averaged.
             layers.append(self._block(tokens, width, heads, lean=True))
             return [*layers, Layer(2 * r, FLOAT32 * 2 * width, 0, 2 * r, FLOAT32 * 2 * width)]

@@ -98,7 +98,7 @@ def _memory(known: argparse.Namespace, config: Config, gpus: int) -> Memory:
     check_combination(config, ds_config)
     precision = resolve_precision(config.compute.precision, torch.device("cuda"), ds_config)
     sharding = Sharding(gpus) if ds_config is None else read_sharding(ds_config, gpus, precision == "bf16")
-    return Memory(config, sharding, precision, known.classes)
+    return Memory(config, sharding, precision, config.data.num_classes or known.classes)
 
 
 def _rate(known: argparse.Namespace, precision: str) -> Rate | None:
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     batches.add_argument("--images-per-gpu", type=positive, metavar="N", help="the same for each rank")
     parser.add_argument(
-        "--classes", type=positive, default=1000, metavar="N", help="of the labels (default: 1000)"
+        "--classes", type=positive, default=1000, metavar="N", help="of the labels of images (default: 1000)"
     )
     parser.add_argument(
         "--measured", type=Path, metavar="FILE",

@@ -90,7 +90,7 @@ class Memory:
         """Head and masking network, if there are any."""
         if not self.config.masking.learns:
             return []
-        return [parameters.head(self.config.model, self.num_classes), parameters.masking_network(self.config)]
+        return [parameters.head(self.config, self.num_classes), parameters.masking_network(self.config)]
 
     @property
     def estimator(self) -> str:
@@ -234,6 +234,10 @@ class Memory:
             activations += FLOAT32 * (train + heldout) * self._pixels()
         else:
             activations = max(activations, self.passes.pooled(train))
+        if config.data.has_label_maps:
+            inside = sum(layer.kept for layer in layers)
+            inside += FLOAT32 * (train + heldout) * self._pixels() if together else 0
+            activations = max(activations, self._pixel_logits(train, heldout, inside))
         held = 0
         if sharding.zero in (1, 2):
             held = sharding.buckets(self.autoencoder)
@@ -249,6 +253,23 @@ class Memory:
                 "batches": self._level_batches(),
             },
         )
+
+    def _pixel_logits(self, train: int, heldout: int, inside: int) -> int:
+        """Bytes while a head that labels pixels is differentiated, and in its own step.
+
+        How many copies of its logits there are at once was measured, see ``tests/planning``.
+
+        Args:
+            inside: bytes that the encoder keeps meanwhile.
+        """
+        height, width = self.config.model.size
+        image = FLOAT32 * self.num_classes * height * width
+        step = 4.3 * train
+        if self.config.levels == 2:
+            return math.ceil(max(inside + 3 * heldout * image, step * image))
+        implicit = self.config.hypergradient.best_response == "implicit"
+        copies = max((9.5 if implicit else 7) * train, 4 * train + 2.5 * heldout)
+        return inside + math.ceil(copies * image)
 
     def _influence(self) -> Phase:
         config, sharding, main = self.config, self.sharding, self.autoencoder

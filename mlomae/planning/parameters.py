@@ -82,8 +82,9 @@ def decoder(model: ModelConfig) -> Weights:
     return tokens + block(width) * model.decoder_depth + norm(width) + ends
 
 
-def head(model: ModelConfig, num_classes: int) -> Weights:
-    return affine(num_pooled(SIZES[model.arch][0], model.pool), num_classes)
+def head(config: Config, num_classes: int) -> Weights:
+    model, width = config.model, SIZES[config.model.arch][0]
+    return affine(width if config.data.has_label_maps else num_pooled(width, model.pool), num_classes)
 
 
 def masking_network(config: Config) -> Weights:

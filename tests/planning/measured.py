@@ -14,6 +14,7 @@ from mlomae.planning.memory import Memory
 from mlomae.planning.sharding import Sharding
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer
+from tests.data.made_scenes import write_scenes
 from tests.integration.tiny import Fields, tiny_config
 
 CLASSES, IMAGES = 4, 80
@@ -37,6 +38,8 @@ SMALL = {
     "data.dataset": "folder",
     "data.heldout_fraction": 0.3,
 }
+# So many classes that the head's logits are what counts.
+PIXELS = {"data.dataset": "scenes", "data.num_classes": 60, "data.heldout_fraction": 0.5}
 CASES: dict[str, Fields] = {
     "learned": {},
     "random": {"masking.policy": "random"},
@@ -53,6 +56,9 @@ CASES: dict[str, Fields] = {
     "pico": {"model.arch": "vit_pico"},
     "tiny": {"model.arch": "vit_tiny", "pretrain.batch_size": 8, "mask.batch_size": 8},
     "jvp": {"hypergradient.estimator": "jvp", "head.batch_size": 4, "mask.batch_size": 4},
+    "pixels": PIXELS,
+    "pixels, two levels": {**PIXELS, "levels": 2, "head.batch_size": 32, "mask.batch_size": 8},
+    "pixels, implicit": {**PIXELS, "hypergradient.best_response": "implicit"},
     "adam": {"hypergradient.precondition": "adam", "head.batch_size": 4, "mask.batch_size": 4},
 }
 
@@ -60,8 +66,12 @@ CASES: dict[str, Fields] = {
 def measure(folder: Path, fields: Fields) -> tuple[int, Memory]:
     """Bytes that two outer iterations take at their worst moment beyond what lives between them; the plan."""
     data = folder / "data"
-    _write_images(data)
     config = tiny_config({**SMALL, "run_dir": folder / "run", "data.path": str(data), **fields})
+    if config.data.has_label_maps:
+        write_scenes(data, "training", IMAGES, config.model.size)
+        write_scenes(data, "validation", 1, config.model.size, first=IMAGES)
+    else:
+        _write_images(data)
     trainer = Trainer(config, RunDir(config.run_dir, config), join_world("cpu"), None)
     # The first iteration makes the moments.
     trainer.iterate(0)
@@ -75,7 +85,7 @@ def measure(folder: Path, fields: Fields) -> tuple[int, Memory]:
 
     found = peak_bytes(train, torch.device("cpu"))
     trainer.loaders.close()
-    return found, Memory(config, Sharding(1), trainer.precision, CLASSES)
+    return found, Memory(config, Sharding(1), trainer.precision, config.data.num_classes or CLASSES)
 
 
 def _write_images(folder: Path) -> None:

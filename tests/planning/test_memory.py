@@ -28,7 +28,7 @@ def test_parameters_are_those_of_the_modules(network: str) -> None:
     width = 96
     modules = {
         MaskedAutoencoder(model): parameters.encoder(model) + parameters.decoder(model),
-        ClassifierHead(width, 7): parameters.head(model, 7),
+        ClassifierHead(width, 7): parameters.head(config, 7),
         build_masking_network(config.masking, model.grid, width): parameters.masking_network(config),
     }
     for module, weights in modules.items():
