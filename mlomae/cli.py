@@ -258,6 +258,9 @@ def _describe(section: type[Section], prefix: str = "") -> list[str]:
     lines = []
     for name, field in section.model_fields.items():
         default: Any = field.default
+        kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type)]
+        if default is None and kinds and issubclass(kinds[0], Section):
+            default = kinds[0]()
         if isinstance(default, Section):
             lines += ["", *_describe(type(default), f"{prefix}{name}.")]
         else:

@@ -45,10 +45,18 @@ class RunDir:
     Args:
         config: every field has a default.
         resumable: names of the fields that may change when the run is resumed.
+        field: of the configuration that names the folder, for messages.
     """
 
-    def __init__(self, path: Path, config: Section, resumable: Collection[str] = RESUMABLE_CHANGES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Section,
+        resumable: Collection[str] = RESUMABLE_CHANGES,
+        field: str = "run_dir",
+    ) -> None:
         self.path = path
+        self._field = field
         self._config_text = dump_config(config)
         self._defaults = dump_config(type(config)())
         self._resumable = resumable
@@ -143,7 +151,7 @@ class RunDir:
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
             there = None
         if not isinstance(there, dict):
-            raise self._refusal("config.yaml is damaged; choose another run_dir or delete it")
+            raise self._refusal(f"config.yaml is damaged; choose another {self._field} or delete it")
         # A field that is newer than the run had its default.
         before = {**flatten(yaml.safe_load(self._defaults)), **flatten(there)}
         now = flatten(yaml.safe_load(self._config_text))
@@ -154,7 +162,7 @@ class RunDir:
         ]
         if differences:
             found = f"holds a different run ({first_few(differences)})"
-            raise self._refusal(f"{found}; choose another run_dir or delete it")
+            raise self._refusal(f"{found}; choose another {self._field} or delete it")
 
     def _acquire(self, wait: float) -> None:
         if self._lock is not None:
@@ -191,7 +199,7 @@ class RunDir:
         self._lock = lock
 
     def _refusal(self, reason: str) -> UserError:
-        return UserError(f"run_dir {self.path}: {reason}")
+        return UserError(f"{self._field} {self.path}: {reason}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

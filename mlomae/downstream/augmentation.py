@@ -84,7 +84,7 @@ class Augmentation:
         colours: list[Callable[[Any], Any]] = []
         if config.crop == "resized":
             scale = (config.min_area, 1.0)
-            crop = RandomResizedCropAndInterpolation(size, scale, interpolation="bicubic")  # type: ignore[no-untyped-call]
+            crop = RandomResizedCropAndInterpolation(size, scale, interpolation="bicubic")
             steps += [functional.to_pil_image, crop]
         elif config.crop == "padded":
             steps.append(transforms.RandomCrop(size, (size[1] // 8, size[0] // 8), padding_mode="reflect"))

@@ -107,7 +107,7 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
     config = config.model_copy(update={"fingerprint": fingerprint, "out": out})
     patience = FailureConfig()
     world = join_world(config.device, patience=patience.stuck_after)
-    run_dir = RunDir(out, config, RESUMABLE_CHANGES)
+    run_dir = RunDir(out, config, RESUMABLE_CHANGES, "out")
     try:
         with Preemption() as preemption, Watchdog(world, patience.lost_after, patience.stuck_after):
             status = collectives.broadcast_object(run_dir.claim(primary=False))

@@ -182,13 +182,13 @@ class _Noise:
     """What is done to a whole batch on its device; draws from the generators that ``Fit`` seeds by step."""
 
     def __init__(self, config: AugmentConfig, num_classes: int) -> None:
-        # timm leaves both without annotations.
+
         self._erase = self.mixup = None
         if config.erasing:
-            self._erase = RandomErasing(config.erasing, mode="pixel")  # type: ignore[no-untyped-call]
+            self._erase = RandomErasing(config.erasing, mode="pixel")
         if config.mixes:
             smoothing = {"label_smoothing": config.label_smoothing, "num_classes": num_classes}
-            self.mixup = Mixup(config.mixup, config.cutmix, **smoothing)  # type: ignore[no-untyped-call]
+            self.mixup = Mixup(config.mixup, config.cutmix, **smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, C, h, w], changed in place, and targets [B], or soft ones [B, classes] if mixed."""

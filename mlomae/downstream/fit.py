@@ -188,7 +188,7 @@ class Fit:
         if not np.isfinite(scalars["loss"]):
             raise UserError(
                 f"optim.lr: the loss is {scalars['loss']} in the steps up to {self.done}; lower the rate, or "
-                f"set optim.clip. The last checkpoint in {self.run_dir.path} is kept"
+                f"set optim.clip, with another --out. The last checkpoint in {self.run_dir.path} is kept"
             )
         scalars["lr"] = self._lr(self.done - 1)
         scalars["epoch"] = self.done / self.task.steps_per_epoch

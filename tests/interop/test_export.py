@@ -21,6 +21,7 @@ from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.reading import read_pretrained
 from mlomae.interop.targets import TARGETS
 from mlomae.models.mae import MaskedAutoencoder
+from mlomae.precision import set_float32_products
 from tests.interop.made import (
     CLOSE,
     DIGITS,
@@ -215,9 +216,16 @@ def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(torch.from_numpy(found), features(tmp_path / "run", images), **CLOSE)
 
 
-def test_pt2(tmp_path: Path) -> None:
+def test_pt2_in_a_process_that_has_trained(tmp_path: Path) -> None:
     pretrained = run_of(tmp_path, model__pool="mean", model__img_size=[8, 16])
-    export(pretrained, "pt2", tmp_path / "out.pt2")
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    try:
+        set_float32_products("float32")  # as training does, once and for all
+        export(pretrained, "pt2", tmp_path / "out.pt2")
+        assert conv.fp32_precision == "ieee"
+    finally:
+        conv.fp32_precision = before
 
     program = torch.export.load(tmp_path / "out.pt2").module()
 
