@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 # Problems that pydantic words for programmers.
 PLAIN = {
     "model_type": "expected a mapping of fields",
+    "tuple_type": "expected a list",
     "path_type": "expected a path (./1 for a folder called 1)",
 }
 

@@ -58,8 +58,7 @@ class LabelledImages:
         ledger: receives the bad samples that are known from the start.
 
     Raises:
-        UserError: the data is missing, damaged or lacks labels, its channels do not suit the encoder, or it
-            can only be read front to back.
+        UserError: the data is missing, damaged or lacks labels, or its channels do not suit the encoder.
     """
 
     def __init__(self, data: ImagesConfig, pretrained: Pretrained, ledger: FaultLedger) -> None:
@@ -69,17 +68,22 @@ class LabelledImages:
         train = self._dataset.train
         if self._dataset.num_classes is None or train.labels is None:
             raise UserError(f"data.path: {data.path} has no labels; give images with labels")
-        if isinstance(train, ShardSource) and train.remote:
-            raise UserError(
-                f"data.path: {data.path} is no file, but images are read in random order here; copy the "
-                "shards to a disk"
-            )
         self.num_classes = self._dataset.num_classes
         self._splits = make_splits(self._dataset, data)
         self._expect(train)
 
     def train(self, size: tuple[int, int]) -> Subset:
-        """The labelled training images and the held-out ones, at a size (height, width)."""
+        """The labelled training images and the held-out ones, at a size (height, width).
+
+        Raises:
+            UserError: they can only be read front to back.
+        """
+        source = self._dataset.train
+        if isinstance(source, ShardSource) and source.remote:
+            raise UserError(
+                f"data.path: {self._data.path} is no file, but images are read in random order here; "
+                "copy the shards to a disk"
+            )
         both = torch.cat([self._splits.labelled, self._splits.heldout])
         return self._subset(self._dataset.train, both.sort().values, size)
 

@@ -14,7 +14,7 @@ ImageSize = Positive | tuple[Positive, Positive]
 # Fields that may change when an evaluation is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
     "encoder", "out", "device", "log_every", "data.path", "data.test_path", "data.download",
-    "data.max_bad_share", "data.workers",
+    "data.max_bad_share", "data.workers", "encoder_batch",
 }  # fmt: skip
 
 

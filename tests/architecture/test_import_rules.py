@@ -50,6 +50,8 @@ def test_third_party_package_has_one_home(package: str, home: tuple[str, ...]) -
     [
         ("mlomae/models", ("mlomae.mlo", "mlomae.distributed", "mlomae.data", "mlomae.trainer")),
         ("mlomae/data", ("mlomae.models",)),
+        ("mlomae/downstream", ("mlomae.trainer",)),
+        ("mlomae/interop", ("mlomae.trainer", "mlomae.downstream.fit")),
         ("kernels/mlomae_kernels", ("mlomae", "deepspeed", "numpy")),
     ],
 )

@@ -126,8 +126,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
 
 
 @pytest.fixture
-def session(pytester: pytest.Pytester, path: Path) -> pytest.Pytester:
+def session(pytester: pytest.Pytester, path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A benchmark of two functions of known speed."""
+    # In a test process of pytest-xdist, pytest-benchmark would time nothing.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makeconftest("from benchmarks.conftest import *")
     pytester.makepyfile(
         test_two="""
