@@ -60,6 +60,8 @@ def cpu_has_bf16() -> bool:
 
 def set_float32_products(precision: str) -> None:
     """How a GPU rounds float32 products from here on, TF32 or not at all."""
+    # The older switch of the same: torch.export refuses to start where the two differ.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     for switch in _switches():
         switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
 
