@@ -76,7 +76,7 @@ def refusal_of_text(folder: Path, text: str | bytes) -> str:
         ("pretrain.lr", "-1e-3", "pretrain.lr: input should be greater than or equal to 0, found '-1e-3'"),
         ("pretrain.lr", "yes", "pretrain: lr is a truth value, found True; expected another type"),
         ("pretrain.min_lr", "1", "pretrain: min_lr 1.0 is above lr 0.001"),
-        ("head.betas", "0.9", "head.betas: input should be a valid tuple, found 0.9"),
+        ("head.betas", "0.9", "head.betas: expected a list, found 0.9"),
         ("head.betas", "[0.9, 1]", "head: betas (0.9, 1.0) must be below 1"),
         ("head.betas", "[0.9]", "head.betas.1: field required, found [0.9]"),
         ("mask.warmup", "1.1", "mask.warmup: input should be less than or equal to 1, found 1.1"),
