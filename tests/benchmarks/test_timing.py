@@ -80,7 +80,9 @@ def test_a_part_counts_for_itself_only(
         assert stopwatch.read() == expected
 
 
-def test_studies_run_where_they_are_named_only() -> None:
+def test_studies_run_where_they_are_named_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a test process of pytest-xdist, pytest-benchmark warns that it times nothing.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks", "benchmarks/peers"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
