@@ -17,11 +17,10 @@ from torch import Tensor
 from mlomae.data.batches import Batch
 from mlomae.data.loader import LevelLoaders, Part
 from mlomae.distributed.env import World
-from mlomae.downstream.feature_set import Encode, FeatureSet, gather_features
+from mlomae.downstream.feature_set import PARTS, Encode, FeatureSet, gather_features
 from mlomae.downstream.knn import knn_accuracies, neighbours
 from mlomae.errors import UserError
 
-PARTS: tuple[Part, ...] = ("labelled", "heldout", "test")
 # Inverse regularisation strengths tried on the held-out set; the test set takes no part in the choice.
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 PROBE_ITERATIONS = 1000

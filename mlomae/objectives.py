@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlomae.data.scenes import VOID
+from mlomae.data.dataset import VOID
 
 
 def pretrain_loss(errors: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:

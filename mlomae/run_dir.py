@@ -20,7 +20,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -204,16 +205,10 @@ class RunDir:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces ``path`` in one step: a reader, or a crash, sees the old or the new file, never a part."""
-    temporary = temporary_for(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def link_atomically(source: Path, path: Path) -> None:
@@ -221,17 +216,27 @@ def link_atomically(source: Path, path: Path) -> None:
 
     Both share its content where the file system has hard links, else it is copied.
     """
-    temporary = temporary_for(path)
-    temporary.unlink(missing_ok=True)
-    try:
+    with replacing(path) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
             sync(temporary)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file to write and sync inside the context; at its end it replaces ``path`` in one step.
+
+    If the context raises, ``path`` is as it was.
+    """
+    temporary = temporary_for(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # replacing a file by itself leaves both names
+        temporary.unlink(missing_ok=True)  # replacing a file by a link to itself leaves both names
     sync(path.parent)
 
 

@@ -9,6 +9,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+VOID = 255
+"""Of a label map: the pixel counts nowhere."""
+
 # Channel means and standard deviations of values in [0, 1].
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.305,), (0.376,)),

@@ -17,7 +17,7 @@ from mlomae.data.ledger import FaultLedger
 from mlomae.data.resident import can_be_resident, is_worthwhile, make_resident
 from mlomae.data.scenes import SceneSource
 from mlomae.data.shards.source import ShardSource
-from mlomae.data.sources import open_dataset
+from mlomae.data.sources import open_account, open_dataset
 from mlomae.data.splits import make_splits
 from mlomae.data.stream import Stream
 from mlomae.data.subset import Subset
@@ -52,7 +52,7 @@ class LevelLoaders:
         # With label maps every image is labelled.
         self.has_label_maps = isinstance(self._dataset.train, SceneSource)
         self.ledger = FaultLedger(data.max_bad_share)
-        self._expect(self._dataset.train)
+        open_account(self.ledger, self._dataset.train)
         learns = config.masking.learns
         if learns and self._dataset.train.labels is None and not self.has_label_maps:
             raise UserError(
@@ -157,12 +157,6 @@ class LevelLoaders:
                 yield batch.normalised(subset)
         _close(subset)
 
-    def _expect(self, source: Source) -> None:
-        """Opens the account of a part's bad samples with those that its shards' headers showed."""
-        faults = source.index.faults if isinstance(source, ShardSource) else ()
-        self.ledger.expect(len(source) + len(faults))
-        self.ledger.add(faults)
-
     def _placed(self, level: Level, part: Part, kind: Augment) -> Subset:
         """The set of a level where its stream reads it: on the device, if ``data.resident`` says so.
 
@@ -211,7 +205,7 @@ class LevelLoaders:
             assert self._splits.test is not None, "split off where there is no test part"
             return self._make_subset(self._dataset.train, self._splits.test)
         source = self._dataset.open_test()
-        self._expect(source)
+        open_account(self.ledger, source)
         return self._make_subset(source, torch.arange(len(source)))
 
     def _make_subset(self, source: Source, indices: Tensor) -> Subset:

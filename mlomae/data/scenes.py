@@ -16,14 +16,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mlomae.data.dataset import PartFiles
+from mlomae.data.dataset import VOID, PartFiles
 from mlomae.data.decoding import MAX_PIXELS, decode_image, image_size
 from mlomae.data.faults import BadSample
 from mlomae.data.folder import FilesSource, list_images
 from mlomae.errors import UserError
 from mlomae.sections import Location, Positive, Section, Share
 
-VOID = 255  # of a label map as it is returned: the pixel counts nowhere
 MAX_CLASSES = 255  # a label map has a byte per pixel
 _UNKNOWN = 256
 _GREY, _PALETTE = 0, 3  # colour types of a PNG

@@ -8,13 +8,15 @@ import torch
 from pydantic import ValidationError
 
 from mlomae.data.csv_table import open_csv
-from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, TensorSource
+from mlomae.data.dataset import STATISTICS, Dataset, PartFiles, Source, TensorSource
 from mlomae.data.decoding import MODES
 from mlomae.data.folder import FilesSource, class_labels, find_classes, list_images
+from mlomae.data.ledger import FaultLedger
 from mlomae.data.medmnist import open_medmnist
 from mlomae.data.published import open_published
 from mlomae.data.scenes import ScenesConfig, open_scenes
 from mlomae.data.shards.sets import open_shards
+from mlomae.data.shards.source import ShardSource
 from mlomae.errors import UserError
 from mlomae.sections import DataConfig, ImagesConfig
 
@@ -159,3 +161,14 @@ def _open_scenes(data: DataConfig, in_chans: int) -> Dataset:
         open_test=lambda: open_scenes(config, config.test),
         files=(train.files, PartFiles(images, list_images(images))),
     )
+
+
+def open_account(ledger: FaultLedger, source: Source) -> None:
+    """Expects a part's samples, and takes down the bad ones that its shards' headers showed.
+
+    Raises:
+        UserError: too many samples are bad.
+    """
+    faults = source.index.faults if isinstance(source, ShardSource) else ()
+    ledger.expect(len(source) + len(faults))
+    ledger.add(faults)

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from mlomae.downstream.joint_transforms import resize_image
 from mlomae.sections import Section, Share
 
 Size = tuple[int, int]
@@ -33,7 +34,7 @@ class BoxAugmentConfig(Section):
 
 def fit(image: Tensor, frame: Size) -> Tensor:
     """uint8 [C, H, W] at the largest size that keeps its shape and fits into ``frame``."""
-    return _resize(image, _fitting(image, frame, 1.0))
+    return resize_image(image, _fitting(image, frame, 1.0))
 
 
 def augment(
@@ -62,7 +63,7 @@ def augment(
         parts = (tv_tensors.Image(image), _mark(boxes, image))
         parts = v2.ColorJitter(config.colour, config.colour, config.colour)(*parts)
         parts = v2.RandomHorizontalFlip(config.flip)(*parts)
-    resized = (_resize(part, (height, width)) for part in parts)
+    resized = (resize_image(part, (height, width)) for part in parts)
     image, boxes = (v2.functional.crop(part, top, left, *view) for part in resized)
     boxes = v2.functional.clamp_bounding_boxes(boxes).as_subclass(Tensor)
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= LEAST).all(dim=1)
@@ -80,10 +81,3 @@ def _fitting(image: Tensor, frame: Size, factor: float) -> Size:
     height, width = image.shape[-2:]
     scale = factor * min(frame[0] / height, frame[1] / width)
     return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _resize(image: Tensor, size: Size) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    resized: Tensor = functional.resize(image, list(size), antialias=True)
-    return resized

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlomae.arguments import EXIT_OK, Parser
 from mlomae.config import load_tree
-from mlomae.downstream.sections import RESUMABLE_CHANGES, TaskConfig
+from mlomae.downstream.sections import FAILURE, RESUMABLE_CHANGES, TaskConfig
 from mlomae.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
     from mlomae.interop.reading import read_pretrained
     from mlomae.preemption import Preemption
     from mlomae.run_dir import RunDir, Status
-    from mlomae.sections import FailureConfig
 
     if not config.encoder:
         raise UserError("eval: no encoder given; name a run directory or a file with weights")
@@ -105,11 +104,10 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
         )
     out = config.out or _default_out(task, config, pretrained.run)
     config = config.model_copy(update={"fingerprint": fingerprint, "out": out})
-    patience = FailureConfig()
-    world = join_world(config.device, patience=patience.stuck_after)
+    world = join_world(config.device, patience=FAILURE.stuck_after)
     run_dir = RunDir(out, config, RESUMABLE_CHANGES, "out")
     try:
-        with Preemption() as preemption, Watchdog(world, patience.lost_after, patience.stuck_after):
+        with Preemption() as preemption, Watchdog(world, FAILURE.lost_after, FAILURE.stuck_after):
             status = collectives.broadcast_object(run_dir.claim(primary=False))
             if status is Status.COMPLETE:
                 return run_dir.read_result() if world.primary else {}

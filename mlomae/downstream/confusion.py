@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlomae.data.scenes import VOID
+from mlomae.data.dataset import VOID
 from mlomae.distributed import collectives
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from mlomae.data.batches import Batch
+from mlomae.data.loader import Part
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 from mlomae.ranges import position
 
 Encode = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] on the world's device → features [B, F]."""
+PARTS: tuple[Part, ...] = ("labelled", "heldout", "test")
 _ROWS = 2**14  # features that are moved at once
 
 

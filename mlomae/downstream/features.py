@@ -25,9 +25,9 @@ from mlomae.data.stream import upload_ahead
 from mlomae.data.subset import Subset
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
-from mlomae.downstream.feature_set import FeatureSet, gather_features
+from mlomae.downstream.feature_set import PARTS, FeatureSet, gather_features
 from mlomae.downstream.images import LabelledImages, with_data_of_run
-from mlomae.downstream.sections import ImageSize, TaskConfig
+from mlomae.downstream.sections import TaskConfig
 from mlomae.downstream.state import read_tensors, write_tensors
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pool, Pretrained
@@ -39,7 +39,6 @@ from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
 from mlomae.sections import ImagesConfig, Positive
 
-PARTS: tuple[Part, ...] = ("labelled", "heldout", "test")
 # Fields of the data section that change no feature.
 _IRRELEVANT = {"download", "max_bad_share", "workers"}
 _SECONDS_BETWEEN_LINES = 10.0  # of progress
@@ -48,9 +47,6 @@ _SECONDS_BETWEEN_LINES = 10.0  # of progress
 class FeaturesConfig(TaskConfig):
     """What every evaluation of frozen features needs to know."""
 
-    img_size: ImageSize | None = Field(
-        None, description="side, or [height, width]; positions are interpolated. None: as pretrained"
-    )
     pool: Pool | None = Field(
         None, description="cls | mean | cls+mean: features of the tokens. None: as pretrained"
     )
@@ -139,7 +135,7 @@ class _Collector:
 
     def __init__(self, config: FeaturesConfig, pretrained: Pretrained, precision: str, world: World) -> None:
         assert config.data is not None
-        self._config, self._world, self._size = config, world, _size(config, pretrained)
+        self._config, self._world, self._size = config, world, config.size or pretrained.img_size
         self._workers, self._bf16 = config.data.workers, precision == "bf16"
         self._pool = config.pool or pretrained.pool
         self._ledger = FaultLedger(config.data.max_bad_share)
@@ -218,20 +214,13 @@ def _shown(rounds: Iterable[Batch | None], total: int, images: int) -> Iterator[
         progress.close()
 
 
-def _size(config: FeaturesConfig, pretrained: Pretrained) -> tuple[int, int]:
-    """(height, width) of the images."""
-    if config.img_size is None:
-        return pretrained.img_size
-    return (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
-
-
 def _digest(config: FeaturesConfig, pretrained: Pretrained, precision: str) -> str:
     """Of all that the features depend on: 16 hex digits."""
     assert config.data is not None
     what = {
         "encoder": config.fingerprint,
         "drawn": config.seed if config.scratch else None,
-        "size": _size(config, pretrained),
+        "size": config.size or pretrained.img_size,
         "pool": config.pool or pretrained.pool,
         "mean": pretrained.mean,
         "std": pretrained.std,

@@ -37,7 +37,6 @@ from mlomae.run_dir import RunDir
 from mlomae.sections import ImagesConfig
 
 NUM_PICTURES = 4 * COLUMNS  # test images in predictions.png
-HEAD_STD = 2e-5  # of the classifier's first weights, as in MAE's fine-tuning
 TOP = 5  # classes among which the right one is also looked for, where there are twice as many
 
 
@@ -200,7 +199,7 @@ class _Noise:
 
 def build_classifier(config: Config, pretrained: Pretrained, num_classes: int) -> nn.Module:
     """timm's ViT with a new classifier, whose weights are drawn from torch's generator."""
-    vit = build_vit(
+    return build_vit(
         pretrained,
         config.size,
         config.scratch,
@@ -208,9 +207,6 @@ def build_classifier(config: Config, pretrained: Pretrained, num_classes: int) -
         global_pool=config.pool,
         drop_path_rate=config.optim.drop_path,
     )
-    assert isinstance(vit.head, nn.Linear)
-    nn.init.trunc_normal_(vit.head.weight, std=HEAD_STD)
-    return vit
 
 
 def _require_pairs(config: Config, local: int, ranks: int) -> None:

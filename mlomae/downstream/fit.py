@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlomae.distributed import collectives
 from mlomae.distributed.agreement import Agreement
+from mlomae.distributed.engine import MOMENTS, load_moments
 from mlomae.distributed.env import World
 from mlomae.downstream.optimizer import build_optimizer, set_rates
-from mlomae.downstream.sections import TrainedTaskConfig
+from mlomae.downstream.sections import FAILURE, TrainedTaskConfig
 from mlomae.downstream.state import read_tensors, write_tensors
 from mlomae.errors import Preempted, UserError
 from mlomae.metrics import MetricsWriter
@@ -33,9 +34,6 @@ from mlomae.preemption import Preemption
 from mlomae.random import stream_seed
 from mlomae.ranges import position
 from mlomae.run_dir import RunDir
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-PATIENCE = 1800.0  # seconds for which a rank waits for the others
 
 
 class Task(Protocol):
@@ -132,7 +130,7 @@ class Fit:
         return {**figures, "epochs": self.config.optim.epochs, "seconds": round(self.seconds, 3)}
 
     def _train(self, writer: MetricsWriter) -> None:
-        agreement = Agreement(PATIENCE)
+        agreement = Agreement(FAILURE.stuck_after)
         self.task.model.train()
         batches = self.task.batches(self.done) if self.done < self.total else iter(())
         sums: dict[str, Tensor] = {}
@@ -216,14 +214,10 @@ class Fit:
         self.task.model.load_state_dict(_under(tensors, "model."))
         if self.ema is not None:
             self.ema.module.load_state_dict(_under(tensors, "ema."))
-        for name, parameter in self.parameters.items():
-            moments = {key: tensors.get(f"{key}.{name}") for key in MOMENTS}
-            if all(moment is not None for moment in moments.values()):
-                step = torch.tensor(float(state["step"]), device=parameter.device)
-                self.optimizer.state[parameter] = {
-                    "step": step,
-                    **{key: moment.to(parameter) for key, moment in moments.items() if moment is not None},
-                }
+        # A parameter that never had a gradient has no moments.
+        moved = {name: p for name, p in self.parameters.items() if f"{MOMENTS[0]}.{name}" in tensors}
+        step = torch.tensor(float(state["step"]))
+        load_moments(self.optimizer, moved, {**tensors, "step": step})
         self.done, self.seconds = state["step"], state["seconds"]
 
     def _leave(self, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from mlomae.data.decoding import MODES
 from mlomae.data.folder import UNLABELLED
 from mlomae.data.ledger import FaultLedger
 from mlomae.data.shards.source import ShardSource
-from mlomae.data.sources import open_dataset
+from mlomae.data.sources import open_account, open_dataset
 from mlomae.data.splits import make_splits
 from mlomae.data.subset import Subset
 from mlomae.data.urls import local_path
@@ -70,7 +70,7 @@ class LabelledImages:
             raise UserError(f"data.path: {data.path} has no labels; give images with labels")
         self.num_classes = self._dataset.num_classes
         self._splits = make_splits(self._dataset, data)
-        self._expect(train)
+        open_account(self._ledger, train)
 
     def train(self, size: tuple[int, int]) -> Subset:
         """The labelled training images and the held-out ones, at a size (height, width).
@@ -97,7 +97,7 @@ class LabelledImages:
         if indices is None:
             assert self._dataset.open_test is not None, "else a test part is split off"
             source = self._dataset.open_test()
-            self._expect(source)
+            open_account(self._ledger, source)
             indices = torch.arange(len(source))
         if source.labels is None:
             raise UserError(f"data.path: the test images of {self._data.path} have no labels; add them")
@@ -130,12 +130,6 @@ class LabelledImages:
 
     def _subset(self, source: Source, indices: torch.Tensor, size: tuple[int, int]) -> Subset:
         return Subset(source, indices, size, self._pretrained.mean, self._pretrained.std)
-
-    def _expect(self, source: Source) -> None:
-        """Opens the account of a part's bad samples with those that its shards' headers showed."""
-        faults = source.index.faults if isinstance(source, ShardSource) else ()
-        self._ledger.expect(len(source) + len(faults))
-        self._ledger.add(faults)
 
 
 def _verify_channels(data: ImagesConfig, pretrained: Pretrained) -> None:

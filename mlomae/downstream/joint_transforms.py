@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mlomae.data.scenes import VOID
+from mlomae.data.dataset import VOID
 from mlomae.sections import Section
 
 # A crop of which one class fills more than this is drawn again, at most so many times.

@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from mlomae.distributed import collectives
 from mlomae.distributed.env import World
-from mlomae.downstream.feature_set import FeatureSet, join
-from mlomae.downstream.features import PARTS, FeaturesConfig, load_features
+from mlomae.downstream.feature_set import PARTS, FeatureSet, join
+from mlomae.downstream.features import FeaturesConfig, load_features
 from mlomae.interop.pretrained import Pretrained
 from mlomae.precision import ieee_float32
 from mlomae.preemption import Preemption

@@ -18,6 +18,7 @@ from mlomae.distributed.env import World
 from mlomae.downstream.feature_set import FeatureSet, join
 from mlomae.downstream.features import Collected, FeaturesConfig, load_features
 from mlomae.downstream.probe import Heads, ProbePlan, best_head
+from mlomae.downstream.sections import FAILURE
 from mlomae.downstream.state import read_tensors, write_tensors
 from mlomae.errors import Preempted, UserError
 from mlomae.interop.pretrained import Pretrained
@@ -28,7 +29,6 @@ from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Share
 
 SECONDS_BETWEEN_SAVES = 30.0
-PATIENCE = 1800.0  # seconds for which a rank waits for the others
 TOP5_FROM = 10  # more classes than these have a top-5 accuracy
 Rate = Annotated[float, Field(gt=0)]
 
@@ -82,7 +82,7 @@ class _Probe:
             config.optimizer, config.epochs, config.batch_size, config.warmup, config.weight_decay,
             config.batch_norm, config.seed,
         )  # fmt: skip
-        self.agreement = Agreement(PATIENCE)
+        self.agreement = Agreement(FAILURE.stuck_after)
         # Epochs of both trainings that are done, and what the first one found.
         self.state: dict[str, Any] = {"done": 0, "best": None}
         self.tensors: dict[str, Tensor] = {}

@@ -39,6 +39,7 @@ def build_optimizer(model: nn.Module, encoder_prefix: str, config: OptimConfig) 
         ],
         lr=config.lr,
         betas=config.betas,
+        eps=config.eps,
         fused=True,
     )
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlomae.data.scenes import VOID
+from mlomae.data.dataset import VOID
 from mlomae.run_dir import write_atomically
 
 COLUMNS = ("image", "truth", "prediction")

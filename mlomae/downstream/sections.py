@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from mlomae.sections import Location, NonNegative, Positive, Section, Share
+from mlomae.sections import FailureConfig, LevelConfig, Location, NonNegative, Positive, Section, Share
 
 ImageSize = Positive | tuple[Positive, Positive]
 
@@ -16,9 +16,10 @@ RESUMABLE_CHANGES = {
     "encoder", "out", "device", "log_every", "data.path", "data.test_path", "data.download",
     "data.max_bad_share", "data.workers", "encoder_batch",
 }  # fmt: skip
+FAILURE = FailureConfig()  # how patient ranks are with each other; of evaluations, nobody asks for more
 
 
-class OptimConfig(Section):
+class OptimConfig(LevelConfig):
     """AdamW, rates that fall from layer to layer, linear warm-up, cosine (He et al. 2022, app. A.2)."""
 
     epochs: Positive = 100
@@ -28,7 +29,6 @@ class OptimConfig(Section):
     )
     min_lr: NonNegative = Field(1e-6, description="learning rate of the last step")
     warmup: Share = Field(0.05, description="share of the steps spent in linear warm-up")
-    weight_decay: NonNegative = Field(0.05, description="of matrices only")
     betas: tuple[Share, Share] = (0.9, 0.999)
     layer_decay: float = Field(
         0.75, gt=0, le=1, description="factor of the learning rate from each block to the one below it"
@@ -36,18 +36,9 @@ class OptimConfig(Section):
     drop_path: float = Field(
         0.1, ge=0, lt=1, description="stochastic depth of the last block, rising linearly"
     )
-    clip: NonNegative = Field(0.0, description="global gradient norm limit; 0 switches clipping off")
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then scored; 0: none"
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimConfig:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
-        if any(beta >= 1 for beta in self.betas):
-            raise ValueError(f"betas {self.betas} must be below 1")
-        return self
 
 
 class TaskConfig(Section):
@@ -67,16 +58,9 @@ class TaskConfig(Section):
         "auto", description="of the passes; weights are float32. auto: bf16 on a GPU, else float32"
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-
-
-class TrainedTaskConfig(TaskConfig):
-    """What every evaluation that trains the encoder needs to know."""
-
     img_size: ImageSize | None = Field(
         None, description="side, or [height, width]; positions are interpolated. None: as pretrained"
     )
-    checkpoint_every: Positive = Field(1, description="epochs between checkpoints")
-    optim: OptimConfig = OptimConfig()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -84,3 +68,10 @@ class TrainedTaskConfig(TaskConfig):
         if self.img_size is None:
             return None
         return (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size
+
+
+class TrainedTaskConfig(TaskConfig):
+    """What every evaluation that trains the encoder needs to know."""
+
+    checkpoint_every: Positive = Field(1, description="epochs between checkpoints")
+    optim: OptimConfig = OptimConfig()

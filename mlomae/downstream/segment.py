@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlomae.data.batches import PixelBatch
+from mlomae.data.dataset import VOID
 from mlomae.data.decoding import MODES
-from mlomae.data.scenes import VOID, ScenesConfig, open_scenes
+from mlomae.data.scenes import ScenesConfig, open_scenes
 from mlomae.data.splits import verify_files
 from mlomae.data.transforms import normalise
 from mlomae.distributed import collectives

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mlomae.checkpoint_file import safetensors_parts, write_file
 from mlomae.errors import UserError
-from mlomae.run_dir import sync, temporary_for
+from mlomae.run_dir import replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
@@ -25,15 +24,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
     Raises:
         OSError: it cannot be written; what was there is intact.
     """
-    temporary = temporary_for(path)
-    temporary.unlink(missing_ok=True)
     metadata = {} if state is None else {"state": json.dumps(state)}
-    try:
+    with replacing(path) as temporary:
         write_file(temporary, safetensors_parts(tensors, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

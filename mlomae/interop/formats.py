@@ -90,7 +90,7 @@ def write_hf(pretrained: Pretrained, folder: Path) -> None:
     config = {
         **_hf_config(pretrained, "vit_mae", "ViTMAEForPreTraining"),
         "decoder_hidden_size": dim,
-        "decoder_num_hidden_layers": len({n.split(".")[1] for n in decoder if n.startswith("blocks.")}),
+        "decoder_num_hidden_layers": pretrained.decoder_depth,
         "decoder_num_attention_heads": heads,
         "decoder_intermediate_size": 4 * dim,
         "norm_pix_loss": pretrained.norm_pix,

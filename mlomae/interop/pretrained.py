@@ -53,6 +53,11 @@ class Pretrained:
         """(rows, columns) of patches."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
+    @property
+    def decoder_depth(self) -> int:
+        """Blocks of the decoder, 0 where there is none."""
+        return len({name.split(".")[1] for name in self.decoder or () if name.startswith("blocks.")})
+
 
 class Facts(Section):
     """What the formats of other libraries have no place for: exports carry it under ``FACTS``."""

@@ -56,10 +56,9 @@ def start_from(autoencoder: MaskedAutoencoder, model: ModelConfig) -> str:
 
 def _decoder_differences(pretrained: Pretrained, model: ModelConfig) -> list[str]:
     assert pretrained.decoder is not None
-    depth = len({name.split(".")[1] for name in pretrained.decoder if name.startswith("blocks.")})
     there = {
         "decoder_dim": len(pretrained.decoder["embed.weight"]),
-        "decoder_depth": depth,
+        "decoder_depth": pretrained.decoder_depth,
         "decoder_heads": pretrained.decoder_heads,
         "norm_pix": pretrained.norm_pix,
     }

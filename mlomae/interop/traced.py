@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ def write_onnx(pretrained: Pretrained, path: Path) -> None:
         raise UserError(f"--to onnx: {', '.join(missing)} not installed; pip install 'mlomae[onnx]'")
     encoder = Encoder(pretrained).eval()
     size = sum(tensor.numel() * tensor.element_size() for tensor in pretrained.encoder.values())
-    with torch.no_grad(), _cudnn_in_unison():
+    with torch.no_grad():
         program: Any = torch.onnx.export(
             encoder,
             (_images(encoder, 2),),
@@ -53,24 +51,11 @@ def write_onnx(pretrained: Pretrained, path: Path) -> None:
 def write_pt2(pretrained: Pretrained, path: Path) -> None:
     """A program from images [B, C, H, W] to features [B, F], B of 1 or more."""
     encoder = Encoder(pretrained).eval()
-    with torch.no_grad(), _cudnn_in_unison():
+    with torch.no_grad():
         program = torch.export.export(
             encoder, (_images(encoder, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
     torch.export.save(program, path, extra_files={f"{FACTS}.json": _facts(pretrained)})
-
-
-@contextmanager
-def _cudnn_in_unison() -> Iterator[None]:
-    """torch.export reads cuDNN's rounding as one switch, and fails where training has set it for convolutions
-    alone. Graphs are traced on the CPU: no number depends on it."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision
-    try:
-        yield
-    finally:
-        cudnn.conv.fp32_precision = before
 
 
 def _verify(encoder: Encoder, path: Path) -> None:

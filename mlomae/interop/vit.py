@@ -13,6 +13,8 @@ from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.models.encoder import SIZES, init_linear, sincos_positions
 
+HEAD_STD = 2e-5  # of a classifier's first weights, as in MAE's fine-tuning
+
 
 def build_vit(
     pretrained: Pretrained,
@@ -56,7 +58,7 @@ def build_vit(
     else:
         _load(vit, pretrained)
     if isinstance(vit.head, torch.nn.Linear):
-        torch.nn.init.trunc_normal_(vit.head.weight, std=0.01)
+        torch.nn.init.trunc_normal_(vit.head.weight, std=HEAD_STD)
         torch.nn.init.zeros_(vit.head.bias)
     return vit
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlomae.data.faults import Fault
-from mlomae.run_dir import temporary_for, write_atomically
+from mlomae.run_dir import replacing, write_atomically
 from mlomae.sharding.encoding import Encoded
 
 Row = tuple[str, int, int, int]  # sample key, offset and size of its image, label
@@ -72,17 +72,12 @@ class ShardFile:
 @contextmanager
 def open_shard(path: Path) -> Iterator[ShardFile]:
     """A shard that appears under its name once it is complete and on the disk; otherwise nothing is left."""
-    temporary = temporary_for(path)
-    try:
-        with temporary.open("wb") as file:
-            shard = ShardFile(file)
-            yield shard
-            shard.finish()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        shard = ShardFile(file)
+        yield shard
+        shard.finish()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def add_sample(shard: ShardFile, key: str, image: Encoded, label: int, about: Mapping[str, str | int]) -> Row:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.source_tree import imported_names, is_within, parse, python_files
+from tests.architecture.source_tree import ROOT, imported_names, is_within, parse, python_files
 
 _PACKAGES = ("mlomae", "kernels/mlomae_kernels")
 
@@ -36,6 +37,8 @@ def _any_of(*packages: str) -> Callable[[str], bool]:
         ("simplejpeg", ("mlomae/data/decoding.py",)),
         ("tensorboard", ("mlomae/metrics.py",)),
         ("pycocotools", ("mlomae/downstream/average_precision.py",)),
+        ("onnxruntime", ("mlomae/interop/traced.py",)),
+        ("transformers", ()),
         ("pynvml", ("mlomae/nvml.py",)),
         ("torch.utils.tensorboard", ("mlomae/metrics.py",)),
     ],
@@ -62,6 +65,16 @@ def test_lower_layer_does_not_know_upper_ones(folder: str, forbidden: tuple[str,
 def test_mlo_needs_torch_and_itself_only() -> None:
     allowed = _any_of("torch", "mlomae.mlo", *sys.stdlib_module_names)
     assert _violations(python_files("mlomae/mlo"), lambda name: not allowed(name)) == []
+
+
+def test_network_and_loss_need_no_configuration() -> None:
+    # benchmarks/gpu.py builds a pretraining step where only torch, triton and timm are installed.
+    program = (
+        "import sys; sys.modules['pydantic'] = None; "
+        "import mlomae.models.mae, mlomae.models.selection, mlomae.objectives"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_package_does_not_import_what_is_not_shipped() -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from mlomae.config import Config, load_config
-from mlomae.data import Batch, LevelLoaders
+from mlomae.data.batches import Batch
+from mlomae.data.loader import LevelLoaders
 from mlomae.data.scenes import VOID
 from mlomae.data.transforms import NUM_UNIFORMS, Augment, augment, augment_maps, fit, load, load_map
 from mlomae.errors import UserError

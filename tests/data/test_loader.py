@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from mlomae.config import Config
-from mlomae.data import Batch, LevelLoaders, Stream
+from mlomae.data.batches import Batch
 from mlomae.data.dataset import Dataset, Source, TensorSource
+from mlomae.data.loader import LevelLoaders
 from mlomae.data.sources import open_dataset
 from mlomae.data.splits import make_splits
+from mlomae.data.stream import Stream
 from mlomae.data.transforms import normalise
 from mlomae.errors import UserError
 

@@ -15,9 +15,9 @@ from scipy.io import savemat
 from torch import Tensor
 
 from mlomae.config import Config
-from mlomae.data import LevelLoaders
 from mlomae.data.dataset import STATISTICS, Dataset, Source
 from mlomae.data.faults import BadSample
+from mlomae.data.loader import LevelLoaders
 from mlomae.data.sources import open_dataset
 from mlomae.errors import UserError
 from mlomae.sections import DataConfig

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mlomae.config import Config
-from mlomae.data import LevelLoaders, resident
+from mlomae.data import resident
 from mlomae.data.batches import PixelBatch
-from mlomae.data.loader import Part
+from mlomae.data.loader import LevelLoaders, Part
 from mlomae.data.stream import upload_ahead
 from mlomae.errors import UserError
 

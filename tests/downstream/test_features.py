@@ -19,8 +19,7 @@ from mlomae.data.batches import Batch
 from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.env import World
 from mlomae.downstream import features
-from mlomae.downstream.feature_set import FeatureSet, gather_features, join
-from mlomae.downstream.features import PARTS
+from mlomae.downstream.feature_set import PARTS, FeatureSet, gather_features, join
 from mlomae.downstream.knn import Config
 from mlomae.models.encoder import ViTEncoder
 from tests.distributed.ranks import run_ranks

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlomae.cli import main
-from mlomae.data import LevelLoaders
+from mlomae.data.loader import LevelLoaders
 from mlomae.data.subset import Loaded, Subset
 from mlomae.errors import UserError
 from mlomae.trainer import Trainer
