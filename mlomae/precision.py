@@ -14,8 +14,13 @@ BF16_AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 """DeepSpeed's section ``torch_autocast`` that says the same as ``compute.precision: bf16``."""
 
 
-def resolve_precision(wanted: str, device: torch.device, ds_config: dict[str, Any] | None) -> str:
-    """bf16, tf32 or float32: what ``compute.precision`` means on a device beside a DeepSpeed configuration.
+def resolve_precision(
+    wanted: str, device: torch.device, ds_config: dict[str, Any] | None, field: str = "compute.precision"
+) -> str:
+    """bf16, tf32 or float32: what a recipe's precision means on a device beside a DeepSpeed configuration.
+
+    Args:
+        field: of the recipe, for messages.
 
     Raises:
         UserError: the recipe and the DeepSpeed configuration contradict each other, or TF32 on a CPU.
@@ -27,11 +32,11 @@ def resolve_precision(wanted: str, device: torch.device, ds_config: dict[str, An
             return "bf16" if autocast else "float32"
         if autocast != (wanted == "bf16"):
             raise UserError(
-                f"compute.precision: {wanted}, but the DeepSpeed configuration has torch_autocast.enabled "
+                f"{field}: {wanted}, but the DeepSpeed configuration has torch_autocast.enabled "
                 f"{str(autocast).lower()}; remove one of them"
             )
     if wanted == "tf32" and device.type == "cpu":
-        raise UserError("compute.precision: tf32 needs a GPU; use float32 or bf16 on a CPU")
+        raise UserError(f"{field}: tf32 needs a GPU; use float32 or bf16 on a CPU")
     if wanted == "auto":
         return "bf16" if device.type == "cuda" else "float32"
     return wanted

@@ -88,7 +88,7 @@ def load_features(config: FeaturesConfig, pretrained: Pretrained, run_dir: RunDi
         UserError: the images do not suit the encoder, lack labels, or too many are bad; or a file is damaged.
     """
     assert config.data is not None, "FeaturesConfig requires it beside an encoder"
-    precision = resolve_precision(config.precision, world.device, None)
+    precision = resolve_precision(config.precision, world.device, None, "precision")
     set_float32_products(precision)
     folder = run_dir.path.parent / f"features-{_digest(config, pretrained, precision)}"
     ledger = FaultLedger(config.data.max_bad_share)

@@ -95,7 +95,7 @@ class Fit:
         self.model: nn.Module = task.model
         if world.size > 1:
             self.model = DistributedDataParallel(task.model)
-        self.precision = resolve_precision(config.precision, world.device, None)
+        self.precision = resolve_precision(config.precision, world.device, None, "precision")
         set_float32_products(self.precision)
         self.done, self.seconds = 0, 0.0
 

@@ -219,13 +219,13 @@ def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pt2_in_a_process_that_has_trained(tmp_path: Path) -> None:
     pretrained = run_of(tmp_path, model__pool="mean", model__img_size=[8, 16])
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = conv.fp32_precision
+    before = torch.backends.cudnn.allow_tf32
     try:
         set_float32_products("float32")  # as training does, once and for all
         export(pretrained, "pt2", tmp_path / "out.pt2")
-        assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision != "tf32"
     finally:
-        conv.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
     program = torch.export.load(tmp_path / "out.pt2").module()
 
