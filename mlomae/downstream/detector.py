@@ -62,14 +62,26 @@ def build_detector(
         rpn_post_nms_top_n_train=2 * proposals,
         rpn_pre_nms_top_n_test=proposals,
         rpn_post_nms_top_n_test=proposals,
-        box_roi_pool=MultiScaleRoIAlign([*STRIDES][:-1], POOLED, sampling_ratio=2),
+        box_roi_pool=_FramedRoIAlign([*STRIDES][:-1], POOLED, sampling_ratio=2),
         box_head=TwoMLPHead(out_channels * POOLED**2, hidden),
         box_predictor=predictor,
         box_detections_per_img=MOST,
         box_batch_size_per_image=samples,
     )
-    model.transform = _Framing(encoder.patch_embed.img_size, mean, std)
+    frame = encoder.patch_embed.img_size
+    model.transform = _Framing(frame, mean, std)
+    model.roi_heads.box_roi_pool.frame = frame
     return model
+
+
+class _FramedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc] # torchvision has no types
+    """The maps' scales relative to the frame; torchvision infers them from the images of the first batch."""
+
+    frame: tuple[int, int]
+
+    def forward(self, x: Any, boxes: Any, image_shapes: Any) -> Tensor:
+        pooled: Tensor = super().forward(x, boxes, [self.frame])
+        return pooled
 
 
 class _Framing(GeneralizedRCNNTransform):  # type: ignore[misc] # torchvision has no types

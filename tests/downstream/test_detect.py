@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
 
 from mlomae.cli import main
 from mlomae.config import load_tree
@@ -112,6 +114,21 @@ def test_a_killed_evaluation_takes_the_same_steps(tmp_path: Path, monkeypatch: p
     resumed = load_file(run("parts", last=99))
 
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+
+
+def test_what_is_found_does_not_depend_on_what_was_seen_before(root: Path, tmp_path: Path) -> None:
+    task = task_of(config_of(root), tmp_path)
+    model, fresh = task.model.eval(), copy.deepcopy(task.model).eval()
+    image = torch.rand(3, 64, 48)
+    with torch.no_grad():
+        model([torch.rand(3, 13, 10)])  # far smaller than the frame
+        (found,), (expected,) = model([image]), fresh([image])
+        features = model.backbone(image.new_zeros(1, 3, 64, 64))
+        boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0]])]
+        pooled = model.roi_heads.box_roi_pool(features, boxes, [(13, 10)])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    aligned = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)(features, boxes, [(64, 64)])
+    assert torch.equal(pooled, aligned)
 
 
 def test_nothing_is_found_before_training(root: Path, tmp_path: Path) -> None:
