@@ -191,7 +191,7 @@ def _decode_by_pillow(content: bytes, format: str, in_chans: int, least: tuple[i
         size = None if least is None else (least[1], least[0])
         image.draft(MODES[in_chans], size)  # only a JPEG follows it
         _check_size(*full, _count_pixels(content, full, (image.height, image.width)))
-        return _convert(_to_8_bits(image), in_chans)
+        return _convert(to_8_bits(image), in_chans)
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _open_by_pillow(content: bytes, format: str) -> Iterator[Image]:
         raise BadSample("damaged", _one_line(error)) from None
 
 
-def _to_8_bits(image: Image) -> Image:
+def to_8_bits(image: Image) -> Image:
     """The image, its 16 bits scaled; Pillow would clip them, and nearly all pixels would be white."""
     from PIL import Image
 

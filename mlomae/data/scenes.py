@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -139,11 +141,14 @@ class SceneSource:
         Raises:
             UserError: as ``scene``.
         """
-        for index in range(len(self)):
-            try:
+
+        def verify(index: int) -> None:
+            with suppress(BadSample):
                 self._require_size(index, image_size(self.content(index)), self.label_map(index).shape)
-            except BadSample:
-                continue
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(verify, range(len(self))):
+                pass
 
     def _require_size(self, index: int, image: Sequence[int], labels: Sequence[int]) -> None:
         (height, width), (rows, columns) = image, labels

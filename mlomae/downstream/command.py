@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlomae.arguments import EXIT_OK, Parser
 from mlomae.config import load_tree
-from mlomae.downstream.sections import FAILURE, RESUMABLE_CHANGES, TaskConfig
+from mlomae.downstream.sections import DATA_PATHS, FAILURE, RESUMABLE_CHANGES, TaskConfig
 from mlomae.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,10 +107,20 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
     world = join_world(config.device, patience=FAILURE.stuck_after)
     run_dir = RunDir(out, config, RESUMABLE_CHANGES, "out")
     try:
+        if (first := collectives.broadcast_object(fingerprint)) != fingerprint:
+            raise UserError(
+                f"encoder: rank {world.rank} reads other weights ({fingerprint}) in {config.encoder} than "
+                f"rank 0 ({first}); of a run that is still training, name one of its checkpoints"
+            )
         with Preemption() as preemption, Watchdog(world, FAILURE.lost_after, FAILURE.stuck_after):
             status = collectives.broadcast_object(run_dir.claim(primary=False))
             if status is Status.COMPLETE:
-                return run_dir.read_result() if world.primary else {}
+                # Resuming may find the images elsewhere; a result is one of the images that it names.
+                RunDir(out, config, RESUMABLE_CHANGES - DATA_PATHS, "out").claim(primary=False)
+                result = run_dir.read_result()
+                if world.primary and pretrained.run is not None:
+                    _append(pretrained.run, out, result, unless_there=True)
+                return result if world.primary else {}
             collectives.on_primary(lambda: run_dir.claim(primary=True))
             try:
                 figures = _module(task).run(config, pretrained, run_dir, world, preemption)
@@ -146,13 +156,22 @@ def _withdraw(run_dir: RunDir) -> None:
         run_dir.config.unlink(missing_ok=True)
 
 
-def _append(run: Path, out: Path, result: dict[str, Any]) -> None:
-    """One more line in the run's own list of evaluations, from which its report is made."""
+def _append(run: Path, out: Path, result: dict[str, Any], unless_there: bool = False) -> None:
+    """One more line in the run's own list of evaluations, from which its report is made.
+
+    Args:
+        unless_there: only if an earlier command, which left the result, did not come to it.
+    """
     from mlomae.run_dir import to_json
 
-    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "out": str(out), **result}
-    with (run / "evaluations.jsonl").open("a") as file:
-        file.write(to_json(line) + "\n")
+    file = run / "evaluations.jsonl"
+    # Within the run relative to it: runs are moved.
+    where = str(out.relative_to(run) if out.is_relative_to(run) else out)
+    if unless_there and file.exists() and json.dumps({"out": where})[1:-1] in file.read_text():
+        return
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "out": where, **result}
+    with file.open("a") as lines:
+        lines.write(to_json(line) + "\n")
 
 
 def _fingerprint(tensors: Any) -> str:

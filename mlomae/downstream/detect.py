@@ -19,7 +19,7 @@ from mlomae.downstream.average_precision import Found, average_precision
 from mlomae.downstream.box_batches import BoxBatch, ScoredBoxes, TrainingBoxes
 from mlomae.downstream.box_transforms import BoxAugmentConfig, Size
 from mlomae.downstream.fit import Fit
-from mlomae.downstream.reader import Reader, order_of
+from mlomae.downstream.reader import Reader, digest_of, order_of
 from mlomae.downstream.sections import OptimConfig, TrainedTaskConfig
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
@@ -103,6 +103,7 @@ class DetectTask:
         verify_files(self._train.files, self._test.files)
         self._order = order_of(config, "detect", len(self._train), world)
         self.steps_per_epoch = len(self._train) // config.optim.batch_size
+        self.digest = digest_of(self._train.keys, len(self._train.categories))
         self._reader = Reader(config, config.data.workers, config.data.max_bad_share, run_dir, world)
         for source in (self._train, self._test):
             self._reader.ledger.expect(len(source))
@@ -123,9 +124,11 @@ class DetectTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures of ``average_precision``; every rank looks at its share of the test images."""
         batches = self._scored(range(len(self._test)))
-        found_here = self._detect(model, self._reader.testing(batches, len(batches)))
-        gathered = collectives.gather_object(list(found_here))
+        found_here = list(self._detect(model, self._reader.testing(batches, len(batches))))
+        gathered = collectives.gather_object(found_here)
         num_bad = self._reader.finish()
+        if not collectives.total(torch.tensor(len(found_here), device=self._world.device)):
+            raise UserError("data.path: no image of the test set can be used; see bad_samples.jsonl")
         if gathered is None:
             return {}
         found = sorted((entry for part in gathered for entry in part), key=lambda entry: entry.index)

@@ -70,11 +70,13 @@ class Collected:
         parts: on the CPU; empty but on rank 0.
         classes: number of them; on rank 0.
         bad_samples: images that could not be used; on rank 0.
+        digest: of all that the features depend on.
     """
 
     parts: Mapping[Part, FeatureSet]
     classes: int
     bad_samples: int
+    digest: str
 
 
 def load_features(config: FeaturesConfig, pretrained: Pretrained, run_dir: RunDir, world: World) -> Collected:
@@ -90,7 +92,8 @@ def load_features(config: FeaturesConfig, pretrained: Pretrained, run_dir: RunDi
     assert config.data is not None, "FeaturesConfig requires it beside an encoder"
     precision = resolve_precision(config.precision, world.device, None, "precision")
     set_float32_products(precision)
-    folder = run_dir.path.parent / f"features-{_digest(config, pretrained, precision)}"
+    digest = _digest(config, pretrained, precision)
+    folder = run_dir.path.parent / f"features-{digest}"
     ledger = FaultLedger(config.data.max_bad_share)
     bad_samples = BadSamples(ledger, run_dir.bad_samples)
     bad_samples.restore()
@@ -115,7 +118,7 @@ def load_features(config: FeaturesConfig, pretrained: Pretrained, run_dir: RunDi
 
     collectives.on_primary(read)
     bad_samples.exchange()
-    return Collected(parts, max(classes, default=0), len(ledger))
+    return Collected(parts, max(classes, default=0), len(ledger), digest)
 
 
 class _Parts(LabelledImages):

@@ -26,7 +26,7 @@ from mlomae.downstream.augmentation import Augmentation, AugmentConfig, Augmente
 from mlomae.downstream.class_picture import COLUMNS, Guess, class_picture
 from mlomae.downstream.fit import Fit
 from mlomae.downstream.images import LabelledImages, with_data_of_run
-from mlomae.downstream.reader import Reader, order_of
+from mlomae.downstream.reader import Reader, digest_of, order_of
 from mlomae.downstream.sections import TrainedTaskConfig
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
@@ -89,6 +89,7 @@ class Classification:
         self._order = order_of(config, "finetune", len(self._train), world)
         _require_pairs(config, self._order.local, world.size)
         self.steps_per_epoch = len(self._train) // config.optim.batch_size
+        self.digest = digest_of(self._train.source.keys, self._images.num_classes)
         self._augmentation = Augmentation(config.augment, self._size, pretrained.mean)
         self._noise = _Noise(config.augment, self._images.num_classes)
         self._title = ""

@@ -44,12 +44,14 @@ class Task(Protocol):
             several ranks.
         encoder_prefix: of the names of the ViT's parameters in the model.
         steps_per_epoch: batches in an epoch.
+        digest: of the training images (``mlomae.downstream.reader.digest_of``).
         show: scalars for the screen, as for ``Progress``.
     """
 
     model: nn.Module
     encoder_prefix: str
     steps_per_epoch: int
+    digest: str
     show: Mapping[str, str]
 
     def batches(self, first: int) -> Iterator[Any]:
@@ -184,16 +186,23 @@ class Fit:
         means = collectives.average([value.float() / steps for value in sums.values()])
         scalars = {name: float(mean) for name, mean in zip(sums, means, strict=True)}
         if not np.isfinite(scalars["loss"]):
-            raise UserError(
-                f"optim.lr: the loss is {scalars['loss']} in the steps up to {self.done}; lower the rate, or "
-                f"set optim.clip, with another --out. The last checkpoint in {self.run_dir.path} is kept"
-            )
+            raise self._not_finite(f"the loss is {scalars['loss']}")
         scalars["lr"] = self._lr(self.done - 1)
         scalars["epoch"] = self.done / self.task.steps_per_epoch
         scalars["images_per_second"] = steps * self.config.optim.batch_size / max(seconds, 1e-9)
         writer.log(self.done, scalars)
 
+    def _not_finite(self, what: str) -> UserError:
+        return UserError(
+            f"optim.lr: {what} in the steps up to {self.done}; lower the rate, or set optim.clip, with "
+            f"another --out. The last checkpoint in {self.run_dir.path} is kept"
+        )
+
     def _save(self) -> None:
+        """Writes a checkpoint; called on every rank."""
+        if not torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()]).all():
+            raise self._not_finite("the weights are no longer finite")
+
         def write() -> None:
             tensors = {f"model.{name}": value for name, value in self.task.model.state_dict().items()}
             if self.ema is not None:
@@ -201,7 +210,8 @@ class Fit:
             for name, parameter in self.parameters.items():
                 moments = self.optimizer.state.get(parameter, {})
                 tensors |= {f"{key}.{name}": moments[key] for key in MOMENTS if key in moments}
-            write_tensors(self.checkpoint, tensors, {"step": self.done, "seconds": self.seconds})
+            state = {"step": self.done, "seconds": self.seconds, "data": self.task.digest}
+            write_tensors(self.checkpoint, tensors, state)
 
         collectives.on_primary(write)
 
@@ -211,6 +221,11 @@ class Fit:
         if saved is None:
             return
         tensors, state = saved
+        if state["data"] != self.task.digest:
+            raise UserError(
+                f"data.path: holds other training images or classes than those of the unfinished evaluation "
+                f"in {self.run_dir.path}; give the same ones, or another --out"
+            )
         self.task.model.load_state_dict(_under(tensors, "model."))
         if self.ema is not None:
             self.ema.module.load_state_dict(_under(tensors, "ema."))

@@ -84,7 +84,7 @@ class _Probe:
         )  # fmt: skip
         self.agreement = Agreement(FAILURE.stuck_after)
         # Epochs of both trainings that are done, and what the first one found.
-        self.state: dict[str, Any] = {"done": 0, "best": None}
+        self.state: dict[str, Any] = {"done": 0, "best": None, "data": collected.digest}
         self.tensors: dict[str, Tensor] = {}
         self.saved = time.monotonic()
 
@@ -153,7 +153,10 @@ class _Probe:
             self.saved = time.monotonic()
 
     def _restore(self) -> None:
-        self.tensors, self.state = read_tensors(self.checkpoint) or (self.tensors, self.state)
+        """Takes up what was saved, if it was of these images: else it is soon computed anew."""
+        tensors, state = read_tensors(self.checkpoint) or ({}, {})
+        if state.get("data") == self.state["data"]:
+            self.tensors, self.state = tensors, state
 
     def _choose(self, heads: Heads | None, images: _Images | None) -> None:
         """Takes the rate that is best on the held-out images."""

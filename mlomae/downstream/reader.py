@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -82,6 +83,14 @@ class Reader:
             if self._world.size == 1:
                 self.ledger.check()  # which often has a better reason to stop
             raise
+
+
+def digest_of(names: Iterable[str], num_classes: int) -> str:
+    """Of the names of the training images and the number of classes: 16 hex digits."""
+    digest = hashlib.sha256(str(num_classes).encode())
+    for name in names:
+        digest.update(f"{name}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def order_of(config: TrainedTaskConfig, task: str, num_images: int, world: World) -> Order:

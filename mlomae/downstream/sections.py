@@ -11,10 +11,12 @@ from mlomae.sections import FailureConfig, LevelConfig, Location, NonNegative, P
 
 ImageSize = Positive | tuple[Positive, Positive]
 
-# Fields that may change when an evaluation is resumed: none of them changes what is computed.
-RESUMABLE_CHANGES = {
-    "encoder", "out", "device", "log_every", "data.path", "data.test_path", "data.download",
-    "data.max_bad_share", "data.workers", "encoder_batch",
+DATA_PATHS = {"data.path", "data.test_path"}
+# Fields that may change when an evaluation is resumed: none of them changes what is meant to be computed.
+# Whether images elsewhere are the same ones is told by their names.
+RESUMABLE_CHANGES = DATA_PATHS | {
+    "encoder", "out", "device", "log_every", "data.download", "data.max_bad_share", "data.workers",
+    "encoder_batch",
 }  # fmt: skip
 FAILURE = FailureConfig()  # how patient ranks are with each other; of evaluations, nobody asks for more
 

@@ -28,7 +28,7 @@ from mlomae.distributed.env import World
 from mlomae.downstream.confusion import Confusion
 from mlomae.downstream.fit import Fit
 from mlomae.downstream.joint_transforms import AugmentConfig
-from mlomae.downstream.reader import Reader, order_of
+from mlomae.downstream.reader import Reader, digest_of, order_of
 from mlomae.downstream.scene_batches import TestScenes, TrainScenes
 from mlomae.downstream.scene_picture import Scene, scene_picture
 from mlomae.downstream.sections import OptimConfig, TrainedTaskConfig
@@ -110,9 +110,11 @@ class Segmentation:
         self._test = open_scenes(config.data, config.data.test)
         verify_files(self._train.files, self._test.files)
         # Now, and not after hours of training: the fields that say what labels mean cannot change in between.
-        self._test.verify()
+        for scenes in (self._train, self._test):
+            collectives.on_primary(scenes.verify)
         self._order = order_of(config, "segment", len(self._train), world)
         self.steps_per_epoch = len(self._train) // config.optim.batch_size
+        self.digest = digest_of(self._train.keys, len(config.data.class_names))
         self._reader = Reader(config, config.data.workers, config.data.max_bad_share, run_dir, world)
         self._reader.ledger.expect(len(self._train) + len(self._test))
         self._title = ""

@@ -38,7 +38,7 @@ class Found:
     source: Path
     encoder: Mapping[str, Tensor]
     decoder: Mapping[str, Tensor] = field(default_factory=dict)
-    img_size: Sequence[int] | None = None
+    img_size: Sequence[Any] | None = None
     num_heads: int | None = None
     pool: str = "cls"
     mean: Sequence[float] | None = None
@@ -209,9 +209,12 @@ def _statistics(found: Found, in_chans: int) -> tuple[tuple[float, ...], tuple[f
     if in_chans not in MODES:
         raise UserError(f"{found.source}: is for {in_chans} channels; images have 3 (colour) or 1 (grey)")
     mean, std = STATISTICS[MODES[in_chans]]
-    given = [found.mean or mean, found.std or std]
+    given: list[Any] = [found.mean or mean, found.std or std]
+    # Hugging Face takes one number for all channels, too.
+    given = [[values] * in_chans if isinstance(values, float | int) else values for values in given]
     for values in given:
-        if len(values) != in_chans or not all(isinstance(value, float | int) for value in values):
+        numbers = isinstance(values, Sequence) and all(isinstance(value, float | int) for value in values)
+        if not numbers or len(values) != in_chans:
             raise UserError(
                 f"{found.source}: mean or std is {values!r}, expected {in_chans} numbers, one a channel"
             )

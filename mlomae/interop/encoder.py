@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from mlomae.data.decoding import MODES
+from mlomae.data.decoding import MODES, to_8_bits
 from mlomae.data.faults import BadSample
 from mlomae.data.transforms import load, normalise
 from mlomae.errors import UserError
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             if isinstance(picture, str | Path):
                 content: bytes | Tensor = Path(picture).read_bytes()
             elif isinstance(picture, Image):
-                pixels = np.array(picture.convert(MODES[self.in_chans]))
+                pixels = np.array(to_8_bits(picture).convert(MODES[self.in_chans]))
                 content = torch.from_numpy(pixels.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)
             else:
                 content = picture

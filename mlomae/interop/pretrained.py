@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
 from mlomae.sections import Positive, Section
 
 Pool = Literal["cls", "mean", "cls+mean"]
-POOLS: tuple[str, ...] = get_args(Pool)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer, create_model
+from timm.models import VisionTransformer, create_model, is_model
 from torch import Tensor, nn
 
 from mlomae.errors import UserError
@@ -17,6 +18,7 @@ from mlomae.interop.files import FOLDER_FILES, read_folder, read_json, read_tens
 from mlomae.interop.names import split_hf, split_mae
 from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.runs import read_run, run_of
+from mlomae.run_dir import first_few
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -75,7 +77,9 @@ def _read_timm(folder: Path, config: Mapping[str, Any]) -> Found:
     vit = _build_timm(folder, config)
     tensors, source = read_folder(folder)
     encoder, pool = _without_head(tensors)
-    given: Any = config.get("pretrained_cfg", config)
+    given = config.get("pretrained_cfg")
+    if not isinstance(given, Mapping):
+        given = config
     return Found(
         source,
         encoder,
@@ -90,9 +94,16 @@ def _read_timm(folder: Path, config: Mapping[str, Any]) -> Found:
 def _build_timm(folder: Path, config: Mapping[str, Any]) -> VisionTransformer:
     """timm's own model, without memory for weights: it tells what a list of tensors does not."""
     architecture, arguments = config["architecture"], config.get("model_args") or {}
+    # timm would also follow addresses and paths of weights: a folder from elsewhere describes, no more.
+    if not isinstance(architecture, str) or not is_model(architecture):
+        raise UserError(f"{folder / CONFIG}: architecture is {architecture!r}, which timm has no model of")
+    known = signature(VisionTransformer).parameters
+    foreign = [name for name in arguments if name not in known] if isinstance(arguments, dict) else ["all"]
+    if foreign:
+        raise UserError(f"{folder / CONFIG}: model_args: {first_few(foreign)}: expected a ViT's arguments")
     try:
         with torch.device("meta"):
-            vit = create_model(architecture, **arguments)
+            vit = create_model(architecture, pretrained=False, **arguments)
     except Exception as error:  # whatever a model's code raises on arguments of others
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / CONFIG}: timm cannot build {architecture} ({reason})") from None
@@ -114,7 +125,10 @@ def _read_hf(folder: Path, config: Mapping[str, Any]) -> Found:
     path = folder / CONFIG
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; only gelu is supported")
-    _check_eps(path, float(config.get("layer_norm_eps", 1e-12)))
+    eps = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, float | int):
+        raise UserError(f"{path}: layer_norm_eps is {eps!r}, expected a number")
+    _check_eps(path, eps)
     tensors, source = read_folder(folder)
     encoder, decoder = split_hf(tensors)
     size = config.get("image_size", 224)
@@ -123,7 +137,7 @@ def _read_hf(folder: Path, config: Mapping[str, Any]) -> Found:
         source,
         encoder,
         decoder,
-        img_size=(size, size) if isinstance(size, int) else size,
+        img_size=size if isinstance(size, list) else (size, size),
         num_heads=config.get("num_attention_heads", 12),
         mean=given.get("image_mean"),
         std=given.get("image_std"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional
 
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
@@ -67,8 +67,10 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
     """Position embedding [1, 1 + L, D] of another grid (rows, columns): bicubic, the class token's kept."""
     if old == new:
         return positions
-    resampled: Tensor = resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)
-    return resampled
+    # Not timm's function, of which some releases take grids of as many patches for the same one.
+    kept, patches = positions[:, :1], positions[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
+    resampled = functional.interpolate(patches, new, mode="bicubic", antialias=True)
+    return torch.cat([kept, resampled.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _load(vit: VisionTransformer, pretrained: Pretrained) -> None:

@@ -253,6 +253,15 @@ def test_bad_images_are_counted_and_named(tmp_path: Path) -> None:
         task_of(config_of(data), tmp_path).evaluate(task.model)
 
 
+def test_without_a_usable_test_image_there_is_no_figure(tmp_path: Path) -> None:
+    data = make_boxes(tmp_path / "set", {"train": 8, "test": 2})
+    for name in ("000.png", "001.png"):
+        (data / "test" / name).write_bytes(b"poison")
+    task = task_of(config_of(data, data={"path": str(data), "max_bad_share": 1.0}), tmp_path)
+    with torch.no_grad(), pytest.raises(UserError, match="no image of the test set can be used"):
+        task.evaluate(task.model.eval())
+
+
 @pytest.mark.parametrize(
     ("fields", "encoder", "message"),
     [

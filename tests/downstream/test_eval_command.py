@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mlomae.arguments import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 from mlomae.cli import main
+from mlomae.distributed import collectives
 from mlomae.downstream import finetune
 from mlomae.downstream.fit import Fit
 from mlomae.errors import Preempted, UserError
@@ -74,7 +75,7 @@ def test_results_are_left_in_the_run(once: Path) -> None:
     names = {"config.yaml", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "predictions.png"}
     assert names <= {path.name for path in out.iterdir()}
     (row,) = results(once)
-    assert row.items() >= result.items() and row["out"] == str(out) and row["time"].startswith("20")
+    assert row.items() >= result.items() and row["out"] == "eval/finetune" and row["time"].startswith("20")
 
 
 def test_a_complete_evaluation_is_not_repeated(
@@ -96,7 +97,7 @@ def test_another_recipe_needs_another_folder(evaluated: Path, capsys: pytest.Cap
     assert "holds a different run (optim.lr is 0.004 there, 0.5 asked for)" in line
 
     assert evaluate(evaluated, "--optim.lr=0.5", "--out", f"{evaluated}/b") == EXIT_OK
-    assert [Path(row["out"]).name for row in results(evaluated)] == ["finetune", "b"]
+    assert [row["out"] for row in results(evaluated)] == ["eval/finetune", "b"]
 
 
 def test_other_weights_need_another_folder(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +112,38 @@ def test_other_weights_need_another_folder(evaluated: Path, capsys: pytest.Captu
     assert "holds a different run (fingerprint is " in refusal(capsys, "finetune", str(evaluated), *WORDS)
     recorded = str(evaluated / "eval" / "finetune" / "config.yaml")
     assert refusal(capsys, "finetune", str(evaluated), "--config", recorded).startswith("fingerprint: ")
+
+
+def test_a_result_belongs_to_its_images(
+    colour_run: Path, colour_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, elsewhere = shutil.copytree(colour_run, tmp_path / "run"), tmp_path / "elsewhere"
+    shutil.copytree(colour_folder, elsewhere)
+    assert main(["eval", "knn", str(run), "--device", "cpu"]) == EXIT_OK
+
+    line = refusal(capsys, "knn", str(run), "--device", "cpu", "--data.path", str(elsewhere))
+
+    assert f"data.path is {colour_folder} there, {elsewhere} asked for" in line
+
+
+def test_a_result_that_is_not_listed_yet_is_listed(evaluated: Path) -> None:
+    (before,) = results(evaluated)
+    (evaluated / "evaluations.jsonl").unlink()  # as if the command had been killed before
+    for _ in range(2):
+        assert evaluate(evaluated) == EXIT_OK
+    (after,) = results(evaluated)
+    assert after | {"time": before["time"]} == before
+
+
+def test_ranks_must_read_the_same_weights(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(collectives, "broadcast_object", lambda _: "those of rank 0")
+
+    line = refusal(capsys, "finetune", str(encoder), *WORDS)
+
+    assert line.startswith("encoder: rank 0 reads other weights (") and "name one of its checkpoints" in line
+    assert not (encoder / "eval").exists()
 
 
 def test_the_baseline_from_scratch_has_its_own_folder(encoder: Path) -> None:

@@ -84,6 +84,7 @@ class Points:
 
     encoder_prefix = "0."
     steps_per_epoch = 4
+    digest = "points"
     show: Mapping[str, str] = MappingProxyType({"loss": "loss {:.4f}"})
 
     def __init__(
@@ -187,6 +188,32 @@ def test_a_killed_run_ends_like_an_undisturbed_one(undisturbed: Path, tmp_path: 
     assert len(again.weights) == 12 - step // 4 * 4  # steps since the last epoch's end are taken again
     assert steps(tmp_path / "killed") == steps(undisturbed)
     assert_equal(weights(tmp_path / "killed"), weights(undisturbed))
+
+
+def test_other_images_do_not_go_on_with_a_training(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, Points(kill_at=6))
+    others = Points()
+    others.digest = "others"
+    with pytest.raises(UserError, match=r"^data\.path: holds other training images or classes"):
+        fit(tmp_path, others)
+    assert not others.weights
+
+
+def test_broken_weights_are_not_saved(tmp_path: Path) -> None:
+    class Breaking(Points):
+        def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            found = super().loss(model, batch)
+            if self.number == 7:  # after whose step a checkpoint is due
+                with torch.no_grad():
+                    next(model.parameters()).fill_(torch.inf)
+            return found
+
+    with pytest.raises(UserError, match=r"^optim\.lr: the weights are no longer finite .* up to 8;"):
+        fit(tmp_path, Breaking())
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("step", [0, 5, 11])

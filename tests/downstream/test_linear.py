@@ -247,6 +247,28 @@ def test_a_probe_that_is_killed_goes_on_at_its_last_save(run: Path, monkeypatch:
     assert read_result(run / "eval" / "linear") == read_result(run / "eval" / "undisturbed")
 
 
+def test_a_probe_begins_anew_on_other_images(
+    run: Path, colour_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = shutil.copytree(colour_folder, tmp_path / "fewer")
+    (fewer / "train" / "red" / "00.png").unlink()
+    words = ["--epochs", "5", "--batch_size", "20"]
+    on_fewer = [*words, "--data.path", str(fewer)]
+    train_epoch = Heads.train_epoch
+
+    def interrupted(self: Heads, number: int) -> torch.Tensor:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Heads, "train_epoch", interrupted)
+        assert evaluate(run, *words) == 75
+    assert evaluate(run, *on_fewer) == 0
+    assert evaluate(run, "--out", str(run / "eval" / "undisturbed"), *on_fewer) == 0
+    assert read_result(run / "eval" / "linear") == read_result(run / "eval" / "undisturbed")
+
+
 def test_rates_that_are_all_too_high_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--lrs", "[1.0e+38, 2.0e+38]", "--weight_decay", "10", "--epochs", "3"]
     assert evaluate(run, *words) == 2

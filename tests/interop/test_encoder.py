@@ -86,6 +86,17 @@ def test_all_kinds_of_pictures_give_the_same(encoder: Encoder, tmp_path: Path) -
     torch.testing.assert_close(encoder.preprocess(fitting), by_hand, **CLOSE)
 
 
+def test_pictures_of_16_bits_are_scaled(tmp_path: Path) -> None:
+    config = config_of(model__in_chans=1)
+    encoder = mlomae.load_encoder(write_run(tmp_path / "run", config, autoencoder_of(config)))
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    expected = encoder.preprocess(tmp_path / "deep.png")
+    assert len(expected.unique()) > 250
+    with Image.open(tmp_path / "deep.png") as image:
+        torch.testing.assert_close(encoder.preprocess(image), expected, **EXACT)
+
+
 def test_grey_encoders_take_colour_pictures(tmp_path: Path) -> None:
     config = config_of(model__in_chans=1)
     encoder = mlomae.load_encoder(write_run(tmp_path / "run", config, autoencoder_of(config)))

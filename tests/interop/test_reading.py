@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlomae import load_encoder
 from mlomae.interop.reading import read_pretrained
+from mlomae.interop.vit import resample_positions
 from mlomae.models.encoder import pool_features
 from tests.integration.tiny import train, without_pictures
 from tests.interop.made import (
@@ -287,3 +288,12 @@ def test_another_grid_is_timms_own_resampling(size: Any, tmp_path: Path) -> None
     assert encoder.vit.pos_embed.shape != vit.pos_embed.shape
     with torch.inference_mode():
         torch.testing.assert_close(encoder(images), theirs(images), **CLOSE)
+
+
+def test_grids_of_as_many_patches_are_told_apart() -> None:
+    ramp = torch.arange(4.0).repeat_interleave(16)[None, :, None]
+    found = resample_positions(torch.cat([torch.full((1, 1, 1), 9.0), ramp], dim=1), (4, 16), (8, 8))
+    assert found[0, 0, 0] == 9
+    rows = found[0, 1:, 0].unflatten(0, (8, 8))
+    torch.testing.assert_close(rows, rows[:, :1].expand(8, 8))
+    assert (rows[1:, 0] > rows[:-1, 0]).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mlomae.interop.reading import read_pretrained
 from tests.interop.made import PICO, autoencoder_of, config_of, hf_fields, write_run
 
 State = dict[str, Tensor]
+TINY = {"architecture": "vit_tiny_patch16_224"}
 
 
 def state_of(**options: Any) -> State:
@@ -173,9 +175,21 @@ def write_hf(folder: Path, **changes: Any) -> Path:
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05; this package computes with 1e-06"),
         ({"num_attention_heads": 8}, "has 8 attention heads, vit_pico has 4"),
         ({"image_size": 18}, "its image size is (18, 18), expected multiples of 4"),
-        ({"image_size": "large"}, "its image size is 'large', expected multiples of 4"),
+        ({"image_size": "large"}, "its image size is ('large', 'large'), expected multiples of 4"),
+        ({"image_size": 16.0}, "its image size is (16.0, 16.0), expected multiples of 4"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is None, expected a number"),
         ({"image_size": 32}, "pos_embed is [1, 17, 64], should be [1, 65, 64]"),
-        ({"architecture": "vit_of_nowhere"}, "timm cannot build vit_of_nowhere"),
+        ({"architecture": "vit_of_nowhere"}, "architecture is 'vit_of_nowhere', which timm has no model of"),
+        ({"architecture": "hf-hub:some/where"}, "architecture is 'hf-hub:some/where', which timm has no"),
+        ({"architecture": ["vit"]}, "architecture is ['vit'], which timm has no model of"),
+        (
+            {**TINY, "model_args": {"checkpoint_path": "/x.bin"}},
+            "model_args: checkpoint_path: expected a ViT's",
+        ),
+        ({**TINY, "model_args": {"pretrained": True}}, "model_args: pretrained: expected a ViT's arguments"),
+        ({**TINY, "model_args": [1]}, "model_args: all: expected a ViT's arguments"),
+        ({**TINY, "model_args": {"depth": "x"}}, "timm cannot build vit_tiny_patch16_224"),
+        ({**TINY, "pretrained_cfg": None, "mean": 3}, "holds no ViT in timm's layout"),
         ({"architecture": "resnet18"}, "resnet18 is a ResNet, no plain ViT"),
         ({"architecture": "vit_base_patch32_clip_quickgelu_224"}, "has no GELU and layer norm"),
     ],
@@ -186,6 +200,19 @@ def test_folders_of_other_models(changes: dict[str, Any], found: str, tmp_path: 
     with pytest.raises(UserError) as caught:
         read_pretrained(folder)
     assert found in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("0.5", "mean or std is '0.5'"), ([0.5], "mean or std is [0.5]"), (0.25, None)]
+)
+def test_statistics_of_a_folder(given: Any, found: str | None, tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "hf", layer_norm_eps=1e-6)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": given}))
+    if found is None:
+        assert read_pretrained(folder).mean == (0.25,) * 3
+    else:
+        with pytest.raises(UserError, match=re.escape(found)):
+            read_pretrained(folder)
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
