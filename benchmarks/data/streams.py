@@ -8,7 +8,7 @@ from typing import Protocol
 from benchmarks.comparison import OURS, Compare, Compared
 from benchmarks.report import Report
 from benchmarks.timing import Function
-from mlomae.data import Batch
+from mlomae.data.batches import Batch
 
 PLAIN_READING = {
     # Next to nothing is kept back, so that both sides read the same images.

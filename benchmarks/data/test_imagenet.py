@@ -12,7 +12,7 @@ from benchmarks.data.torchvision_loop import READ_AHEAD, TorchvisionStream, defa
 from benchmarks.environment import ROOT
 from benchmarks.report import Report
 from mlomae.config import load_config
-from mlomae.data import LevelLoaders
+from mlomae.data.loader import LevelLoaders
 
 # Seven batches are an epoch of NUM_PHOTOGRAPHS: every round reads the same images.
 BATCH, BATCHES = 32, 7

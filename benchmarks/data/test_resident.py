@@ -18,7 +18,7 @@ from benchmarks.environment import ROOT
 from benchmarks.report import Report
 from benchmarks.timing import Function
 from mlomae.config import Config, load_config
-from mlomae.data import LevelLoaders
+from mlomae.data.loader import LevelLoaders
 from mlomae.distributed.env import join_world
 from mlomae.run_dir import RunDir
 from mlomae.trainer import Trainer

@@ -13,7 +13,7 @@ from benchmarks.data.torchvision_loop import READ_AHEAD, TorchvisionStream
 from benchmarks.environment import ROOT
 from benchmarks.report import Report
 from mlomae.config import load_config
-from mlomae.data import LevelLoaders
+from mlomae.data.loader import LevelLoaders
 
 BATCH = 128
 # Twice what fills the shuffle buffer: how often it is filled in a round does not depend on where one begins.

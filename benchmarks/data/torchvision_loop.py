@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from mlomae.data import Batch
+from mlomae.data.batches import Batch
 
 PADDING = 4
 """What ``data.augment: crop-flip`` reflects of 32 pixels."""

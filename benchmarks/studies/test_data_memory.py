@@ -16,7 +16,7 @@ from benchmarks.data.images import link_shards, pack, write_small_images
 from benchmarks.environment import ROOT
 from benchmarks.report import Bar, Report
 from mlomae.config import load_config
-from mlomae.data import LevelLoaders
+from mlomae.data.loader import LevelLoaders
 
 pytestmark = pytest.mark.study
 
