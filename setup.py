@@ -136,14 +136,21 @@ setup(
         *find_packages(include=["mlomae", "mlomae.*"]),
         *find_packages(where="kernels"),
         "mlomae.slurm.scripts",
+        "mlomae.recipes.files",
     ],
     # kernels/ is a source root, not a package: see CONTRIBUTING.md. Users of a clone have the job scripts in
-    # slurm/, those of a wheel in mlomae/slurm/scripts.
-    package_dir={"mlomae_kernels": "kernels/mlomae_kernels", "mlomae.slurm.scripts": "slurm"},
+    # slurm/ and the recipes in recipes/, those of a wheel in mlomae/slurm/scripts and mlomae/recipes/files.
+    package_dir={
+        "mlomae_kernels": "kernels/mlomae_kernels",
+        "mlomae.slurm.scripts": "slurm",
+        "mlomae.recipes.files": "recipes",
+    },
     package_data={
         "mlomae": ["py.typed"],
+        "mlomae.report": ["assets/*"],
         "mlomae_kernels": ["py.typed"],
         "mlomae.slurm.scripts": ["*.sbatch", "run.sh"],
+        "mlomae.recipes.files": ["*.yaml", "*/*.yaml"],
     },
     ext_modules=_extensions(),
     cmdclass={"build_ext": CMakeBuild},

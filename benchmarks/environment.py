@@ -6,11 +6,12 @@ import os
 import platform
 import re
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mlomae.environment import cpu_name, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,26 +35,10 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{package: version for package in _PACKAGES if (version := _version(package))},
+            **{package: version for package in _PACKAGES if (version := package_version(package))},
             **({} if device == "cpu" else {"cuda": torch.version.cuda or torch.version.hip}),
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """The processor's name as its maker writes it, where the system tells it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:

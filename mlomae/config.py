@@ -15,9 +15,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from mlomae.config_errors import describe
 from mlomae.errors import UserError
+from mlomae.recipes import find_recipe
 from mlomae.sections import (
     ComputeConfig,
     DataConfig,
+    Display,
     EvalConfig,
     FailureConfig,
     HeadConfig,
@@ -42,6 +44,9 @@ class Config(Section):
     run_dir: Path = Field(Path("runs/default"), description="folder that receives everything the run leaves")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = Field(10, description="iterations between lines of metrics.jsonl")
+    display: Display = Field(
+        "auto", description="auto: a view on a terminal, else lines; quiet; json: an object a line"
+    )
     checkpoint_every: Positive = Field(100, description="iterations between checkpoints")
     picture_every: Positive = Field(100, description="iterations between pictures of the mask")
     keep_checkpoints: Positive = Field(2, description="checkpoints kept")
@@ -79,7 +84,7 @@ class Config(Section):
 
 # Fields that may change when a run directory is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
-    "run_dir", "device", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
+    "run_dir", "device", "display", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
     "data.path", "data.test_path", "data.download", "data.max_bad_share", "data.workers", "data.resident",
     "model.attention", "model.predict", "pretrain.micro_batches", "compute.execution",
     "compute.activation_checkpointing", "failure.lost_after", "failure.stuck_after",
@@ -95,6 +100,7 @@ def load_tree(path: Path | None, overrides: dict[str, str], root: type[Tree]) ->
     """Reads a recipe, applies dotted overrides (values in YAML syntax) and validates the tree.
 
     Args:
+        path: of the recipe, or its name where there is no such file.
         root: what the recipe describes.
 
     Raises:
@@ -102,6 +108,7 @@ def load_tree(path: Path | None, overrides: dict[str, str], root: type[Tree]) ->
     """
     tree: dict[str, Any] = {}
     if path is not None:
+        path = find_recipe(path)
         try:
             loaded = yaml.safe_load(path.read_text())
         except OSError as error:

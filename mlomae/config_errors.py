@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+from mlomae.arguments import did_you_mean
 
 # Problems that pydantic words for programmers.
 PLAIN = {
@@ -31,9 +32,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     field = ".".join(names) or "config"
     if first["type"] == "extra_forbidden":
         known = _fields_of_section(root, names[:-1])
-        near = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{field}: unknown key; {hint}"
+        return f"{field}: unknown key; {did_you_mean(names[-1], known)}"
     if first["type"] == "value_error":
         return f"{field}: {first['ctx']['error']}"
     message = PLAIN.get(first["type"], first["msg"][0].lower() + first["msg"][1:])

@@ -42,6 +42,7 @@ Metrics = dict[str, Tensor]
 # float32 good enough for a run that never checks.
 START_RADIUS = {"fd": 1e-4, "fd-forward": 1e-5}
 COARSE_START_RADIUS = 1e-5
+NUM_SHOWN = 8  # images in pictures
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,29 @@ class MaskedBatch:
             scores=cut(self.scores),
             errors=cut(self.errors),
         )
+
+
+@dataclass(frozen=True)
+class InfluenceSample:
+    """Some images of one hypergradient, for pictures.
+
+    Attributes:
+        iteration: outer iteration that took it.
+        images: [M, C, H, W], normalised.
+        mask: [M, L], 1 where removed.
+        influence: [M, L], of use where removed; positive where weighing a patch more would help the task.
+    """
+
+    iteration: int
+    images: Tensor
+    mask: Tensor
+    influence: Tensor
+
+    @classmethod
+    def of(cls, iteration: int, masked: MaskedBatch, influence: Tensor) -> InfluenceSample:
+        """Copies of the first images: the batch itself does not outlive the iteration."""
+        rows = masked.images, masked.selection.mask, influence
+        return cls(iteration, *(tensor[:NUM_SHOWN].detach().clone() for tensor in rows))
 
 
 class Hypergradient:

@@ -18,8 +18,9 @@ from mlomae.compilation import eagerly
 from mlomae.config import Config
 from mlomae.data.batches import Batch
 from mlomae.data.stream import Stream
+from mlomae.distributed import collectives
 from mlomae.distributed.engine import Engine
-from mlomae.hypergradient import Hypergradient, MaskedBatch, Metrics
+from mlomae.hypergradient import Hypergradient, InfluenceSample, MaskedBatch, Metrics
 from mlomae.mlo.best_response import HeadProblem, Weights
 from mlomae.mlo.direction import Direction
 from mlomae.mlo.schedule import warmup_cosine
@@ -28,6 +29,7 @@ from mlomae.models.masking import MaskingNetwork
 from mlomae.models.selection import MaskPolicy
 from mlomae.ranges import profiled
 from mlomae.sections import LevelConfig
+from mlomae.statistics import mask_agreement, score_statistics
 
 Rates = TypeVar("Rates", bound=LevelConfig)
 
@@ -115,6 +117,19 @@ class PretrainLevel(Level[LevelConfig]):
         selection = self.policy.select(scores, len(images), batch.number, batch.first_row, images.device)
         return MaskedBatch(images, selection, tokens, scores)
 
+    def statistics(self, masked: MaskedBatch) -> tuple[Tensor, Metrics]:
+        """How often each position is removed [L], over all ranks, and figures of the masks and scores."""
+        batch_size = self.rates.batch_size
+        (frequency,) = collectives.average([masked.selection.mask.mean(dim=0)])
+        figures = {"mask/agreement": mask_agreement(frequency, batch_size)}
+        if masked.scores is not None:
+            # What the scores alone would remove: noise must not hide that they agree on everything.
+            noiseless = self.policy.keep_lowest(masked.scores).mask
+            (noiseless,) = collectives.average([noiseless.mean(dim=0)])
+            figures["mask/agreement_noiseless"] = mask_agreement(noiseless, batch_size)
+            figures |= score_statistics(masked.scores, self.policy.config.logit_bound)
+        return frequency, figures
+
 
 class HeadLevel(Level[LevelConfig]):
     """Level 2: classify the train batch, its images or their pixels, from the encoder's features."""
@@ -156,12 +171,14 @@ class MaskLevel(Level[LevelConfig]):
         self.pretrain = pretrain
         self.share = config.hypergradient.share
         self.hypergradient = Hypergradient(config, pretrain.engine, head.problem)
+        self.influence: InfluenceSample | None = None  # of the last hypergradient of this process
 
     def step(self, masked: MaskedBatch, direction: Direction, iteration: int) -> Metrics:
         """One optimizer step of the masking network."""
         part = masked.first(self.share)
         with profiled("influence"):
             influence, metrics = self.hypergradient.influence(part, direction)
+            self.influence = InfluenceSample.of(iteration, part, influence)
         with profiled("mask/step"):
             probability = self.engine(part.tokens).sigmoid()
             lr = self.pretrain.lr(iteration)

@@ -9,6 +9,30 @@ from torch import Tensor
 
 from mlomae.meters import FiniteGuard, Scalars, ToHost
 from mlomae.metrics import MetricsWriter
+from mlomae.progress import Show
+
+SHOWN: Show = {
+    "loss": {
+        "loss/pretrain": "pretrain {:.4f}".format,
+        "loss/head": "head {:.3f}".format,
+        "loss/mask": "mask {:.3f}".format,
+    },
+    "gradient": {
+        "hypergradient/norm": "hypergradient {:.1e}".format,
+        "hypergradient/estimated_error": "error {:.2%}".format,
+    },
+    "mask": {
+        "mask/entropy": "entropy {:.3f}".format,
+        "mask/saturation": "saturation {:.1%}".format,
+        "mask/agreement": "agreement {:.3f}".format,
+    },
+    "machine": {
+        "images_per_second": "{:,.0f} img/s".format,
+        "mfu": "mfu {:.0%}".format,
+        "memory/peak_bytes": lambda value: f"{value / 2**30:.1f} GiB",
+    },
+}
+"""Of a run's log lines what is on the screen."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from mlomae.errors import UserError
-from mlomae.progress import Progress
+from mlomae.progress import Progress, Show
 from mlomae.run_dir import RunDir, to_json, write_atomically
+from mlomae.sections import Display
 
 
 class MetricsWriter:
@@ -22,14 +23,20 @@ class MetricsWriter:
     Args:
         total: steps of the run.
         first_step: steps done before (0, or the step of the checkpoint that was loaded).
-        show: scalars for the screen, see ``Progress``.
+        show, display: see ``Progress``.
 
     Raises:
         UserError: the tensorboard package is missing.
     """
 
     def __init__(
-        self, run_dir: RunDir, enabled: bool, total: int, first_step: int, show: Mapping[str, str]
+        self,
+        run_dir: RunDir,
+        enabled: bool,
+        total: int,
+        first_step: int,
+        show: Show,
+        display: Display = "auto",
     ) -> None:
         self.enabled = enabled
         if not enabled:
@@ -38,10 +45,10 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("tensorboard: the package is missing; install it with pip") from None
-        _drop_lines_after(run_dir.metrics, first_step)
+        drop_lines_after(run_dir.metrics, first_step)
         self._file = open(run_dir.metrics, "a")  # noqa: SIM115 - open for the whole run
         self._tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
-        self._progress = Progress(total, first_step, show)
+        self._progress = Progress(total, first_step, show, display)
 
     def log(
         self, step: int, scalars: Mapping[str, float], arrays: Mapping[str, Sequence[float]] | None = None
@@ -72,7 +79,7 @@ class MetricsWriter:
             self._file.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> None:
     """Keeps the whole lines of steps up to ``step``: a killed process may leave a partial last one."""
     if not path.exists():
         return

@@ -1,8 +1,8 @@
-"""The picture of a run: input, mask probability, masked image and reconstruction of a few images."""
+"""What a mask does to a few images: probability, the masked image and what the autoencoder fills in."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,40 @@ import mlomae_kernels
 from mlomae.levels import mask_scores
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.selection import MaskPolicy, PatchSelection
-from mlomae.visualize import mask_picture
 
 # Draws that estimate the removal probability of a policy without a masking network.
 NUM_DRAWS = 64
 
 
+@dataclass(frozen=True)
+class Preview:
+    """N images of L patches, all on the CPU.
+
+    Attributes:
+        images: float32 [N, C, H, W] in [0, 1].
+        probability: float32 [N, L], of removing each patch.
+        mask: float32 [N, L], 0 where kept and 1 where removed.
+        reconstruction: float32 [N, C, H, W] in [0, 1]; the kept patches are predicted too.
+        grid: (rows, columns) of patches.
+    """
+
+    images: Tensor
+    probability: Tensor
+    mask: Tensor
+    reconstruction: Tensor
+    grid: tuple[int, int]
+
+
 @torch.no_grad()
-def draw_preview(
-    path: Path,
+def preview(
     autoencoder: MaskedAutoencoder,
     network: nn.Module | None,
     policy: MaskPolicy,
     images: Tensor,
     mean: Tensor,
     std: Tensor,
-    title: str,
-) -> None:
-    """Writes the picture of ``images`` [N, C, H, W] (normalised by mean and std [C, 1, 1]) to ``path``."""
+) -> Preview:
+    """Masks and reconstructs ``images`` [N, C, H, W], normalised by mean and std [C, 1, 1]."""
     _, scores = mask_scores(autoencoder, network, images)
     probability, selection = _mask(policy, scores, len(images), images.device)
     prediction = autoencoder.reconstruct(images, selection).to(images.dtype)
@@ -38,19 +54,18 @@ def draw_preview(
         variance, centre = torch.var_mean(patches, dim=2, keepdim=True)
         prediction = prediction * (variance + 1e-6).sqrt() + centre
     reconstruction = mlomae_kernels.unpatchify(prediction, policy.grid, autoencoder.patch_size)
-
-    def show(x: Tensor) -> Tensor:
-        return (x * std + mean).clamp(0, 1).float().cpu()
-
-    mask_picture(
-        path,
-        show(images),
+    return Preview(
+        as_pixels(images, mean, std),
         probability.float().cpu(),
         selection.mask.float().cpu(),
-        show(reconstruction),
+        as_pixels(reconstruction, mean, std),
         policy.grid,
-        title,
     )
+
+
+def as_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalised images [N, C, H, W] as float32 values in [0, 1] on the CPU."""
+    return (images * std + mean).clamp(0, 1).float().cpu()
 
 
 def _mask(

@@ -1,16 +1,23 @@
-"""What a run shows while it works: a bar on a terminal, one plain line per log interval elsewhere."""
+"""What a run shows while it works: a live view on a terminal, one plain or JSON line per log interval elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Column
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mlomae.run_dir import to_json
+from mlomae.sections import Display
+
+Show = Mapping[str, Mapping[str, Callable[[float], str]]]
+"""Title of a row → scalar → its text: ``{"loss": {"loss/pretrain": "pretrain {:.4f}".format}}``."""
 
 
 class Progress:
@@ -19,44 +26,54 @@ class Progress:
     Args:
         total: steps of the run.
         first_step: steps done before this process started.
-        show: scalar name → how to show it, in order: ``{"loss/pretrain": "pretrain {:.4f}"}``.
+        show: what is shown, in order; rows of the view, one after the other in a plain line.
+        display: auto: a view on a terminal, else plain lines; quiet: nothing; json: all scalars of a line
+            as an object.
     """
 
-    def __init__(self, total: int, first_step: int, show: Mapping[str, str]) -> None:
+    def __init__(self, total: int, first_step: int, show: Show, display: Display = "auto") -> None:
         self._total = total
         self._show = show
+        self._display = display
         # A window, so that slow first steps (compilation, cold caches) leave the estimate soon.
         self._times = deque([(first_step, time.monotonic())], maxlen=20)
         console = Console(highlight=False)
-        self._bar: RichProgress | None = None
-        if sys.stdout.isatty() and not console.is_dumb_terminal:
-            step_width = len(f"step {total}/{total}")  # kept in a narrow window, where the text is cut
-            self._bar = RichProgress(
-                TextColumn(
-                    "step {task.completed}/{task.total}",
-                    table_column=Column(min_width=step_width, no_wrap=True),
-                ),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[text]}", markup=False),
-                console=console,
-            )
-            self._task = self._bar.add_task("", total=total, completed=first_step, text="")
-            self._bar.start()
+        self._live: Live | None = None
+        if display == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal:
+            self._live = Live(self._view(first_step, {}), console=console, auto_refresh=False)
+            self._live.start()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Shows ``step`` of ``total``; scalars that were not logged this time are left out."""
         self._times.append((step, time.monotonic()))
-        shown = [form.format(scalars[name]) for name, form in self._show.items() if name in scalars]
-        text = "  ".join([*shown, f"eta {self._eta()}"])
-        if self._bar is None:
-            print(f"step {step}/{self._total}  {text}", flush=True)
-        else:
-            self._bar.update(self._task, completed=step, text=text)
+        if self._live is not None:
+            self._live.update(self._view(step, scalars), refresh=True)
+        elif self._display == "json":
+            print(to_json({"step": step, "total": self._total, **scalars}), flush=True)
+        elif self._display == "auto":
+            shown = [text for row in self._show.values() for text in _texts(row, scalars)]
+            print(f"step {step}/{self._total}  {'  '.join([*shown, f'eta {self._eta()}'])}", flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is and gives the terminal back."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Leaves the view as it is and gives the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _view(self, step: int, scalars: Mapping[str, float]) -> Group:
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        bar = ProgressBar(total=self._total, completed=step)
+        head.add_row(f"step {step}/{self._total}", bar, f"eta {self._eta()}")
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="dim", no_wrap=True)
+        rows.add_column()
+        for title, row in self._show.items():
+            texts = _texts(row, scalars)
+            if texts:
+                rows.add_row(title, Text("   ".join(texts)))
+        return Group(head, rows)
 
     def _eta(self) -> str:
         (first, start), (last, now) = self._times[0], self._times[-1]
@@ -65,3 +82,7 @@ class Progress:
         minutes, seconds = divmod(round((self._total - last) * (now - start) / (last - first)), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _texts(row: Mapping[str, Callable[[float], str]], scalars: Mapping[str, float]) -> list[str]:
+    return [text(scalars[name]) for name, text in row.items() if name in scalars]

@@ -4,7 +4,8 @@
 * ``metrics.jsonl``: one line per log interval
 * ``tensorboard/``: the same for TensorBoard
 * ``checkpoints/``: see ``mlomae.checkpoint``
-* ``mask.png``: the latest mask picture
+* ``mask.png``, ``pictures.jsonl``, ``pictures.safetensors``: see ``mlomae.pictures``
+* ``environment.json``: versions and device of the last process
 * ``encoder.safetensors``: the encoder of the newest checkpoint, as a timm state dict
 * ``attempts.jsonl``: the attempts of a Slurm job, if it is one (``mlomae.slurm.requeue``)
 * ``bad_samples.jsonl``: images that could not be used, if there were any
@@ -82,6 +83,18 @@ class RunDir:
     @property
     def picture(self) -> Path:
         return self.path / "mask.png"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures.jsonl"
+
+    @property
+    def latest_picture(self) -> Path:
+        return self.path / "pictures.safetensors"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
 
     @property
     def bad_samples(self) -> Path:

@@ -233,6 +233,9 @@ class DataConfig(ImagesConfig):
         return self
 
 
+Display = Literal["auto", "quiet", "json"]
+
+
 class LevelConfig(Section):
     """Optimisation of one level: AdamW, linear warm-up, then cosine decay to ``min_lr``."""
 

@@ -25,32 +25,22 @@ from mlomae.distributed.agreement import Agreement
 from mlomae.distributed.ds_config import zero_stage
 from mlomae.distributed.engine import MOMENTS
 from mlomae.distributed.env import World
+from mlomae.environment import describe_environment
 from mlomae.errors import Preempted, UserError
 from mlomae.evaluate import collect_features, pixels, score_features
 from mlomae.hypergradient import MaskedBatch, Metrics
 from mlomae.levels import Level, mean_of
-from mlomae.logbook import Logbook
+from mlomae.logbook import SHOWN, Logbook
 from mlomae.meters import FiniteGuard, Meters, Scalars
 from mlomae.metrics import MetricsWriter
 from mlomae.models.mae import MaskedAutoencoder
+from mlomae.pictures import Pictures
 from mlomae.precision import resolve_precision
 from mlomae.preemption import Preemption
 from mlomae.ranges import position, profiled
-from mlomae.run_dir import RunDir
+from mlomae.run_dir import RunDir, to_json, write_atomically
 from mlomae.score_pixels import score_pixels
-from mlomae.statistics import mask_agreement, score_statistics
 from mlomae.telemetry import Telemetry, run_telemetry
-
-NUM_PREVIEW_IMAGES = 8
-# Scalars on the screen, in order.
-SHOWN = {
-    "loss/pretrain": "pretrain {:.4f}",
-    "loss/head": "head {:.3f}",
-    "loss/mask": "mask {:.3f}",
-    "mask/entropy": "entropy {:.3f}",
-    "mask/agreement": "agreement {:.3f}",
-    "images_per_second": "{:,.0f} img/s",
-}
 
 
 class Trainer:
@@ -81,6 +71,7 @@ class Trainer:
         # What tells the best checkpoint, since the last one.
         self.scored, self.score_meter = ("loss/mask" if self.levels.mask else "loss/reconstruction"), Meters()
         self.guard = FiniteGuard()
+        self.pictures: Pictures | None = None
         self.iteration = 0
         self.saved: int | None = None
         self.seconds = 0.0
@@ -102,11 +93,18 @@ class Trainer:
                 f"{self.precision}; set compute.precision to {trained}"
             )
         if self.world.primary:
-            print(self.implementations)
-            print(self.loaders.describe(), flush=True)
+            environment = describe_environment(self.world.device) | {
+                "world_size": self.world.size,
+                "precision": self.precision,
+                "implementations": self.implementations,
+            }
+            write_atomically(self.run_dir.environment, to_json(environment, indent=2).encode())
+            if self.config.display == "auto":
+                print(f"{self.implementations}\n{self.loaders.describe()}", flush=True)
         config = self.config
         self.bad_samples.restore()
-        writer = MetricsWriter(self.run_dir, self.world.primary, config.iterations, self.iteration, SHOWN)
+        primary, total = self.world.primary, config.iterations
+        writer = MetricsWriter(self.run_dir, primary, total, self.iteration, SHOWN, config.display)
         logbook = Logbook(writer, self.guard)
         try:
             self.telemetry = self.start_telemetry()
@@ -233,15 +231,7 @@ class Trainer:
             writer.image(done, self.run_dir.picture)
 
     def _log(self, masked: MaskedBatch, logbook: Logbook) -> None:
-        batch_size = self.config.pretrain.batch_size
-        (frequency,) = collectives.average([masked.selection.mask.mean(dim=0)])
-        statistics = {"mask/agreement": mask_agreement(frequency, batch_size)}
-        if masked.scores is not None:
-            # What the scores alone would remove: noise must not hide that they agree on everything.
-            noiseless = self.levels.pretrain.policy.keep_lowest(masked.scores).mask
-            (noiseless,) = collectives.average([noiseless.mean(dim=0)])
-            statistics["mask/agreement_noiseless"] = mask_agreement(noiseless, batch_size)
-            statistics |= score_statistics(masked.scores, self.config.masking.logit_bound)
+        frequency, statistics = self.levels.pretrain.statistics(masked)
         figures: dict[str, float] = {
             f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()
         }
@@ -263,19 +253,12 @@ class Trainer:
         network = None if mask is None else mask.engine.whole_module()
         if not self.world.primary:
             return
-        # Imported late: matplotlib is slow to load and only this rank needs it.
-        from mlomae.preview import draw_preview
-
-        loaders, config = self.loaders, self.config
-        images = loaders.sample_images("heldout", NUM_PREVIEW_IMAGES).to(self.world.device)
-        mean, std = (
-            torch.tensor(channels, device=images.device)[:, None, None]
-            for channels in (loaders.mean, loaders.std)
-        )
-        title = f"{config.masking.policy} mask, iteration {self.iteration}"
         policy = self.levels.pretrain.policy
+        if self.pictures is None:
+            self.pictures = Pictures(self.run_dir, self.iteration, policy, self.loaders, self.world.device)
+        influence = None if mask is None else mask.influence
         with eagerly():
-            draw_preview(self.run_dir.picture, autoencoder, network, policy, images, mean, std, title)
+            self.pictures.take(self.iteration, autoencoder, network, influence)
 
     def _whole_autoencoder(self) -> MaskedAutoencoder:
         module = self.levels.pretrain.engine.whole_module()
@@ -309,15 +292,19 @@ class Trainer:
         collectives.on_primary(lambda: self.writer.submit(self.iteration, tensors, state, score))
         self.saved = self.iteration
 
-    def resume(self) -> str | None:
-        """Continues from the newest intact checkpoint of the run directory, if there is one.
+    def resume(self, path: Path | None = None) -> str | None:
+        """Continues from a checkpoint: the newest intact one of the run directory, if there is one.
+
+        Args:
+            path: another one, on every rank.
 
         Returns:
             The precision in which it was trained; None where there is none, or where it does not tell.
         """
         position.part = "load"
-        found: list[Path] = []
-        collectives.on_primary(lambda: found.extend(self._usable_checkpoint()))
+        found: list[Path] = [] if path is None else [path]
+        if path is None:
+            collectives.on_primary(lambda: found.extend(self._usable_checkpoint()))
         path = next(iter(collectives.broadcast_object(found)), None)
         if path is None:
             return None

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 import mlomae_kernels
-from mlomae import preview
 from mlomae.config import Config
 from mlomae.distributed.engine import TorchEngine
 from mlomae.levels import PretrainLevel, mask_scores
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.models.masking import build_masking_network
 from mlomae.models.selection import MaskPolicy
-from mlomae.preview import draw_preview
+from mlomae.preview import Preview, preview
+from mlomae.visualize import mask_picture
 
 POLICIES = ("learned", "random", "fixed", "weighted-random", "block")
 IMAGES = 3
@@ -46,17 +46,8 @@ def _images() -> Tensor:
     return (torch.rand(IMAGES, 3, 8, 12) - MEAN) / STD
 
 
-def draw(level: PretrainLevel, path: Path, images: Tensor, title: str) -> None:
-    draw_preview(path, level.autoencoder, level.masking_network, level.policy, images, MEAN, STD, title)
-
-
-def _drawn(level: PretrainLevel, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What would be painted, by column."""
-    names = ("path", "input", "probability", "mask", "reconstruction")
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(preview, "mask_picture", lambda *given: seen.update(zip(names, given, strict=False)))
-    draw(level, Path("unused.png"), images, "title")
-    return seen
+def show(level: PretrainLevel, images: Tensor) -> Preview:
+    return preview(level.autoencoder, level.masking_network, level.policy, images, MEAN, STD)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -64,7 +55,7 @@ def test_a_readable_picture_is_written(policy: str, tmp_path: Path) -> None:
     level = _level(policy)
     before = {name: value.clone() for name, value in level.autoencoder.state_dict().items()}
     path = tmp_path / "mask.png"
-    draw(level, path, _images(), f"{policy} mask")
+    mask_picture(path, show(level, _images()), f"{policy} mask")
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert min(image.size) > 100
@@ -74,51 +65,47 @@ def test_a_readable_picture_is_written(policy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_masks_keep_the_exact_number_and_probabilities_are_probabilities(
-    policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = _drawn(_level(policy), _images(), monkeypatch)
-    assert torch.equal(drawn["mask"].sum(dim=1), torch.full((IMAGES,), 18.0))
-    assert drawn["probability"].shape == (IMAGES, 24)
-    assert drawn["probability"].min() >= 0 and drawn["probability"].max() <= 1
+def test_masks_keep_the_exact_number_and_probabilities_are_probabilities(policy: str) -> None:
+    drawn = show(_level(policy), _images())
+    assert torch.equal(drawn.mask.sum(dim=1), torch.full((IMAGES,), 18.0))
+    assert drawn.probability.shape == (IMAGES, 24)
+    assert drawn.probability.min() >= 0 and drawn.probability.max() <= 1
 
 
-def test_inputs_are_shown_as_they_were_before_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_shown_as_they_were_before_normalisation() -> None:
     images = _images()
-    drawn = _drawn(_level("random"), images, monkeypatch)
-    torch.testing.assert_close(drawn["input"], images * STD + MEAN)
+    drawn = show(_level("random"), images)
+    torch.testing.assert_close(drawn.images, images * STD + MEAN)
 
 
-def test_learned_mask_is_shown_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_mask_is_shown_without_noise() -> None:
     level, images = _level("learned"), _images()
-    drawn = _drawn(level, images, monkeypatch)
+    drawn = show(level, images)
     _, scores = mask_scores(level.autoencoder, level.masking_network, images)
     assert scores is not None
-    torch.testing.assert_close(drawn["probability"], scores.sigmoid())
+    torch.testing.assert_close(drawn.probability, scores.sigmoid())
     threshold = scores.sort(dim=1).values[:, 5:6]
-    assert torch.equal(drawn["mask"], (scores > threshold).float())
+    assert torch.equal(drawn.mask, (scores > threshold).float())
 
 
-def test_weighted_random_shows_learned_weights_and_a_random_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weighted_random_shows_learned_weights_and_a_random_mask() -> None:
     level, images = _level("weighted-random"), _images()
-    drawn = _drawn(level, images, monkeypatch)
+    drawn = show(level, images)
     _, scores = mask_scores(level.autoencoder, level.masking_network, images)
     assert scores is not None
-    torch.testing.assert_close(drawn["probability"], scores.sigmoid())
+    torch.testing.assert_close(drawn.probability, scores.sigmoid())
     expected = level.policy.select(None, IMAGES, 0, 0, images.device).mask
-    assert torch.equal(drawn["mask"], expected)
+    assert torch.equal(drawn.mask, expected)
 
 
-def test_probability_of_a_policy_that_does_not_learn_is_its_frequency(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    random = _drawn(_level("random"), _images(), monkeypatch)["probability"]
+def test_probability_of_a_policy_that_does_not_learn_is_its_frequency() -> None:
+    random = show(_level("random"), _images()).probability
     # Standard error of 64 draws: 0.05.
     assert (random - 0.75).abs().max() < 0.25
     assert random.mean().item() == pytest.approx(0.75)
-    fixed = _drawn(_level("fixed"), _images(), monkeypatch)
-    assert torch.equal(fixed["probability"], fixed["mask"])
-    assert (fixed["mask"] == fixed["mask"][0]).all()
+    fixed = show(_level("fixed"), _images())
+    assert torch.equal(fixed.probability, fixed.mask)
+    assert (fixed.mask == fixed.mask[0]).all()
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -128,5 +115,5 @@ def test_a_perfect_prediction_is_shown_as_the_image(norm_pix: bool, monkeypatch:
     if norm_pix:
         target = (target - target.mean(dim=2, keepdim=True)) / (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
     monkeypatch.setattr(level.autoencoder, "reconstruct", lambda *_: target)
-    drawn = _drawn(level, images, monkeypatch)
-    torch.testing.assert_close(drawn["reconstruction"], drawn["input"], rtol=1e-4, atol=1e-5)
+    drawn = show(level, images)
+    torch.testing.assert_close(drawn.reconstruction, drawn.images, rtol=1e-4, atol=1e-5)

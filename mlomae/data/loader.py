@@ -65,7 +65,6 @@ class LevelLoaders:
 
         self._device = device
         self._resident: dict[Part, Subset] = {}
-        self._samples: dict[tuple[Part, int], Tensor] = {}
 
         def stream(level: Level, part: Part, kind: Augment) -> Stream:
             subset, batch = self._placed(level, part, kind), getattr(config, level).batch_size
@@ -128,19 +127,20 @@ class LevelLoaders:
         """Images of a set, bad ones included; opens the test part."""
         return len(self._subset(part))
 
-    def sample_images(self, part: Part, count: int) -> Tensor:
-        """The first ``count`` images of a set (all if it has fewer): float32 [count, C, H, W], normalised.
+    def sample(self, part: Part, count: int) -> Batch:
+        """The first ``count`` images of a set (all if it has fewer); in place of a bad one stands a good one."""
+        subset = self._subset(part)
+        rows = torch.arange(min(count, len(subset)))
+        loaded = subset.read(rows, "none", torch.zeros(len(rows), 0))
+        self.ledger.note(loaded.faults)
+        _close(subset)
+        return PixelBatch.of(loaded, 0, 0).normalised(subset)
 
-        Read once; in place of a bad sample stands a good one.
-        """
-        if (part, count) not in self._samples:
-            subset = self._subset(part)
-            rows = torch.arange(min(count, len(subset)))
-            loaded = subset.read(rows, "none", torch.zeros(len(rows), 0))
-            self.ledger.note(loaded.faults)
-            self._samples[part, count] = PixelBatch.of(loaded, 0, 0).normalised(subset).images
-            _close(subset)
-        return self._samples[part, count]
+    @property
+    def numbers_per_image(self) -> int:
+        """Channels times pixels."""
+        height, width = self._config.model.size
+        return self._config.model.in_chans * height * width
 
     def close(self) -> None:
         """Ends the loader processes of all streams."""

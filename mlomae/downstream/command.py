@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlomae.arguments import EXIT_OK, Parser
 from mlomae.config import load_tree
+from mlomae.config_arguments import describe, parse_known
 from mlomae.downstream.sections import DATA_PATHS, FAILURE, RESUMABLE_CHANGES, TaskConfig
 from mlomae.errors import UserError
 
@@ -28,52 +29,45 @@ TASKS = {
     "segment": "a label for every pixel: UPerNet on the encoder (ADE20K layout)",
     "detect": "boxes: Faster R-CNN on a simple feature pyramid of the encoder (COCO layout)",
 }
-EXAMPLES = """\
-examples:
-  mlomae eval knn runs/digits
-  mlomae eval linear runs/cifar10 --lrs '[0.01, 0.1, 1.0]'
-  mlomae eval finetune runs/cifar10 --config recipes/finetune/cifar10.yaml --data.path data/cifar10
-  mlomae eval finetune runs/cifar10 --config recipes/finetune/cifar10.yaml --scratch true
-  torchrun --nproc_per_node 8 -m mlomae eval segment runs/x --config recipes/segment/ade20k_vit_b16.yaml
-
-ENCODER is a run directory, or weights of another library: see docs/downstream.md. Running the same command
-again resumes an unfinished evaluation. Every field of the recipe is also a flag.
-
-"""
-Overrides = Callable[[Sequence[str]], dict[str, str]]
-Describe = Callable[[type[TaskConfig]], list[str]]
+EXAMPLES = (
+    "mlomae eval knn runs/digits",
+    "mlomae eval linear runs/cifar10 --lrs '[0.01, 0.1, 1.0]'",
+    "mlomae eval finetune runs/cifar10 --config finetune/cifar10 --data.path data/cifar10",
+    "mlomae eval finetune runs/cifar10 --config finetune/cifar10 --scratch true",
+    "torchrun --nproc_per_node 8 -m mlomae eval segment runs/x --config segment/ade20k_vit_b16",
+)
 
 
-def main(argv: Sequence[str], overrides: Overrides, describe: Describe) -> int:
-    """Runs ``mlomae eval``; returns its exit code.
-
-    Args:
-        overrides: from remaining words to dotted fields.
-        describe: from a configuration to the lines of its help.
-    """
+def main(argv: Sequence[str]) -> int:
+    """Runs ``mlomae eval``; returns its exit code."""
     name = next((word for word in argv[:1] if word in TASKS), None)
     # By its place: later words may be values of fields, which the parser does not know.
     encoder = next((word for word in argv[1:2] if not word.startswith("-")), None)
-    known, rest = _parser(name, describe).parse_known_args(argv if encoder is None else [argv[0], *argv[2:]])
-    fields = overrides(rest)
+    root = TaskConfig if name is None else _module(name).Config
+    known, fields = parse_known(_parser(name), argv if encoder is None else [argv[0], *argv[2:]], root)
     if encoder is not None:
         fields["encoder"] = json.dumps(encoder)
-    config = load_tree(known.config, fields, _module(known.task).Config)
+    config = load_tree(known.config, fields, root)
     for field, value in _evaluate(known.task, config).items():
         print(f"{field}: {value}")
     return EXIT_OK
 
 
-def _parser(task: str | None, describe: Describe) -> argparse.ArgumentParser:
-    fields = "" if task is None else "\n".join(describe(_module(task).Config))
+def _parser(task: str | None) -> Parser:
+    fields = (
+        "" if task is None else "fields, with their defaults:\n" + "\n".join(describe(_module(task).Config))
+    )
     parser = Parser(
         prog="mlomae eval",
         usage="mlomae eval TASK ENCODER [--config FILE] [--field value …]",
         description="Scores an encoder on a downstream task. tasks:\n"
-        + "\n".join(f"  {name:<10} {text}" for name, text in TASKS.items()),
-        epilog=EXAMPLES + (fields or "`mlomae eval TASK --help` lists the fields of a task."),
+        + "\n".join(f"  {name:<10} {text}" for name, text in TASKS.items())
+        + "\n\n"
+        "ENCODER is a run directory, or weights of another library: see docs/downstream.md. Running the\n"
+        "same command again resumes an unfinished evaluation. Every field of the recipe is also a flag.",
+        epilog=fields or "`mlomae eval TASK --help` lists the fields of a task.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=EXAMPLES,
     )
     parser.add_argument("task", choices=list(TASKS), metavar="TASK")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")

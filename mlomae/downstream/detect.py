@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlomae.downstream.sections import OptimConfig, TrainedTaskConfig
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.preemption import Preemption
+from mlomae.progress import Show
 from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Section
@@ -92,7 +93,7 @@ class DetectTask:
     """
 
     encoder_prefix = "backbone.encoder."
-    show: Mapping[str, str] = {"loss": "loss {:.4f}", "lr": "lr {:.2e}"}
+    show: Show = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2e}".format}}
 
     def __init__(self, config: Config, pretrained: Pretrained, run_dir: RunDir, world: World) -> None:
         self._config, self._in_chans, self._world = config, pretrained.in_chans, world

@@ -28,7 +28,6 @@ from mlomae.distributed.env import World
 from mlomae.downstream.feature_set import PARTS, FeatureSet, gather_features
 from mlomae.downstream.images import LabelledImages, with_data_of_run
 from mlomae.downstream.sections import TaskConfig
-from mlomae.downstream.state import read_tensors, write_tensors
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pool, Pretrained
 from mlomae.interop.vit import build_vit
@@ -38,6 +37,7 @@ from mlomae.progress import Progress
 from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
 from mlomae.sections import ImagesConfig, Positive
+from mlomae.tensor_file import read_tensors, write_tensors
 
 # Fields of the data section that change no feature.
 _IRRELEVANT = {"download", "max_bad_share", "workers"}
@@ -204,7 +204,7 @@ class _Collector:
 
 def _shown(rounds: Iterable[Batch | None], total: int, images: int) -> Iterator[Batch | None]:
     """The same, with a line now and then that tells how far it is; ``images`` belong to a round."""
-    progress = Progress(total, 0, {"images_per_second": "{:,.0f} img/s"})
+    progress = Progress(total, 0, {"": {"images_per_second": "{:,.0f} img/s".format}})
     began = last = time.monotonic()
     try:
         for number, batch in enumerate(rounds, 1):

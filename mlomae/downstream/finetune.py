@@ -5,7 +5,7 @@ It trains on all labelled training images, held-out ones included; the test imag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.vit import build_vit
 from mlomae.preemption import Preemption
+from mlomae.progress import Show
 from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
 from mlomae.sections import ImagesConfig
@@ -93,8 +94,8 @@ class Classification:
         self._augmentation = Augmentation(config.augment, self._size, pretrained.mean)
         self._noise = _Noise(config.augment, self._images.num_classes)
         self._title = ""
-        scores = {} if config.augment.mixes else {"accuracy": "accuracy {:.3f}"}
-        self.show: Mapping[str, str] = {"loss": "loss {:.4f}", **scores, "lr": "lr {:.2g}"}
+        scores = {} if config.augment.mixes else {"accuracy": "accuracy {:.3f}".format}
+        self.show: Show = {"": {"loss": "loss {:.4f}".format, **scores, "lr": "lr {:.2g}".format}}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "finetune", "weights"))
             self.model: nn.Module = build_classifier(config, pretrained, self._images.num_classes)

@@ -25,15 +25,16 @@ from mlomae.distributed.engine import MOMENTS, load_moments
 from mlomae.distributed.env import World
 from mlomae.downstream.optimizer import build_optimizer, set_rates
 from mlomae.downstream.sections import FAILURE, TrainedTaskConfig
-from mlomae.downstream.state import read_tensors, write_tensors
 from mlomae.errors import Preempted, UserError
 from mlomae.metrics import MetricsWriter
 from mlomae.mlo.schedule import warmup_cosine
 from mlomae.precision import resolve_precision, set_float32_products
 from mlomae.preemption import Preemption
+from mlomae.progress import Show
 from mlomae.random import stream_seed
 from mlomae.ranges import position
 from mlomae.run_dir import RunDir
+from mlomae.tensor_file import read_tensors, write_tensors
 
 
 class Task(Protocol):
@@ -52,7 +53,7 @@ class Task(Protocol):
     encoder_prefix: str
     steps_per_epoch: int
     digest: str
-    show: Mapping[str, str]
+    show: Show
 
     def batches(self, first: int) -> Iterator[Any]:
         """This rank's share of batch ``first`` and all that follow, without end, on the device."""
@@ -117,7 +118,8 @@ class Fit:
         """
         self._resume()
         task, world = self.task, self.world
-        writer = MetricsWriter(self.run_dir, world.primary, self.total, self.done, task.show)
+        display = self.config.display
+        writer = MetricsWriter(self.run_dir, world.primary, self.total, self.done, task.show, display)
         try:
             with self.preemption.deferred():
                 self._train(writer)

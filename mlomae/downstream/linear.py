@@ -19,7 +19,6 @@ from mlomae.downstream.feature_set import FeatureSet, join
 from mlomae.downstream.features import Collected, FeaturesConfig, load_features
 from mlomae.downstream.probe import Heads, ProbePlan, best_head
 from mlomae.downstream.sections import FAILURE
-from mlomae.downstream.state import read_tensors, write_tensors
 from mlomae.errors import Preempted, UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.metrics import MetricsWriter
@@ -27,6 +26,7 @@ from mlomae.preemption import Preemption
 from mlomae.ranges import position
 from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Share
+from mlomae.tensor_file import read_tensors, write_tensors
 
 SECONDS_BETWEEN_SAVES = 30.0
 TOP5_FROM = 10  # more classes than these have a top-5 accuracy
@@ -98,8 +98,10 @@ class _Probe:
         self.state = collectives.broadcast_object(self.state)
         images = _Images.of(self.collected, self.world.device) if self.world.primary else None
         epochs, lrs = self.config.epochs, self.config.lrs
-        shown = {"loss": "loss {:.4f}", "lr": "lr {:.2g}"}
-        writer = MetricsWriter(self.run_dir, self.world.primary, 2 * epochs, self.state["done"], shown)
+        shown = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2g}".format}}
+        writer = MetricsWriter(
+            self.run_dir, self.world.primary, 2 * epochs, self.state["done"], shown, self.config.display
+        )
         try:
             if self.state["best"] is None:
                 heads = self._train(0, lrs, None if images is None else images.train, writer)

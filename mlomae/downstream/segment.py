@@ -8,7 +8,7 @@ taken.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.vit import build_vit
 from mlomae.preemption import Preemption
+from mlomae.progress import Show
 from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Section
@@ -99,7 +100,7 @@ class Segmentation:
     """The task for ``Fit``."""
 
     encoder_prefix = "encoder."
-    show: Mapping[str, str] = {"loss": "loss {:.4f}", "lr": "lr {:.2g}"}
+    show: Show = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2g}".format}}
 
     def __init__(self, config: Config, pretrained: Pretrained, run_dir: RunDir, world: World) -> None:
         if pretrained.in_chans not in MODES:

@@ -88,7 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes an encoder for other libraries, with a model card (docs/interop.md). formats:\n"
         + "\n".join(f"  {name:<7} {target.title}" for name, target in TARGETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=(
+            "mlomae export runs/digits --to timm --out digits-timm",
+            "mlomae export runs/digits --to onnx --out digits.onnx",
+        ),
     )
     parser.add_argument(
         "encoder", type=Path, metavar="ENCODER", help="run directory, or file or folder with weights"

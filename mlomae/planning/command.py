@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mlomae.arguments import EXIT_OK, EXIT_PROBLEMS, Parser, positive
 from mlomae.config import Config, load_config
+from mlomae.config_arguments import parse_known
 from mlomae.errors import UserError
 from mlomae.sections import Arch
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mlomae.planning.times import Rate
 
 GIB = 2**30
-Overrides = Callable[[Sequence[str]], dict[str, str]]
 # The names of devices in mlomae.peaks by what people call them.
 _SHORT = {
     "H100": "H100 80GB HBM3",
@@ -28,23 +28,20 @@ _SHORT = {
 }
 
 
-def main(argv: Sequence[str], overrides: Overrides) -> int:
+def main(argv: Sequence[str]) -> int:
     """Prints the plan of each number of GPUs; returns the exit code (0 all fit, 1 one does not).
-
-    Args:
-        overrides: turns ['--section.field', 'value'] into {'section.field': 'value'}.
 
     Raises:
         UserError: bad input.
     """
-    known, rest = _parser().parse_known_args(argv)
+    known, fields = parse_known(_parser(), argv)
     if known.model is None and known.config is None:
         raise UserError("plan: give --model NAME or --config FILE; see plan --help")
     given = {} if known.model is None else _model_fields(known.model)
 
     def config_of(gpus: int) -> Config:
         batch = known.images_per_gpu * gpus if known.images_per_gpu else known.batch
-        return load_config(known.config, {**given, **_batch_fields(batch), **overrides(rest)})
+        return load_config(known.config, {**given, **_batch_fields(batch), **fields})
 
     # Imported late: --help and misuse answer at once.
     from mlomae.planning.plan import make_plan, values
@@ -119,14 +116,17 @@ def _rate(known: argparse.Namespace, precision: str) -> Rate | None:
     return Rate(peak, f"peak of {name} in {precision} by its data sheet", measured=False)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="mlomae plan",
         usage="mlomae plan --model NAME | --config FILE --gpus N [options]",
         description="Memory, communication and time of a run on some number of GPUs, and the largest batch "
         "that fits, computed from the configuration alone. Every other field of the configuration is a "
         "flag, as in train. Exit code 1: it does not fit.",
-        allow_abbrev=False,
+        examples=(
+            "mlomae plan --model vit_huge_patch14 --gpus 64 --gpu-memory 80 --zero 3 --batch 4096",
+            "mlomae plan --config imagenet_vit_b16 --gpus 1,8,64 --device H100",
+        ),
     )
     parser.add_argument("--model", metavar="NAME", help="such as vit_huge_patch14; replaces the recipe's")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")

@@ -13,6 +13,10 @@ from mlomae.arguments import EXIT_INTERRUPTED, EXIT_OK, EXIT_PROBLEMS, Parser, p
 
 PARTS = ("train", "test", "val")
 FORMATS = ("keep", "jpg", "png", "webp")
+_CREATE_EXAMPLES = (
+    "mlomae shards create photos data/photos --resize 256 --format jpg",
+    "mlomae shards create torchvision:CIFAR10 data/cifar10 --root downloads --download",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,17 +120,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlomae shards",
         description="Makes WebDataset shards, and looks at them. A set is a folder of train-*.tar and, where "
         "it has a test part, test-*.tar or val-*.tar, with an index of each part.",
-        allow_abbrev=False,
+        examples=(*_CREATE_EXAMPLES, "mlomae shards verify data/photos", "mlomae shards stats data/photos"),
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="create | index | verify | stats")
     _add_create(commands)
     _add_index(commands)
     where = "a folder of shards, an index (….json), or a pattern such as 'data/train-*.tar'"
     verify = commands.add_parser(
-        "verify", allow_abbrev=False, help="compare shards with their index",
+        "verify", help="compare shards with their index",
         description="Compares shards with their index and with timm's _info.json, where there are any: "
         "their names, sizes, samples and checksums. Prints a line per problem; the exit code is 1 if there "
         "is one.",
+        examples=("mlomae shards verify data/photos", "mlomae shards verify data/photos --decode --json"),
     )  # fmt: skip
     verify.add_argument("where", metavar="WHERE", help=where)
     verify.add_argument(
@@ -135,9 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--decode", action="store_true", help="decode every image")
     _add_workers(verify, "shards that are read at the same time")
     stats = commands.add_parser(
-        "stats", allow_abbrev=False, help="what shards hold",
+        "stats", help="what shards hold",
         description="Prints what shards hold: samples, labels, classes, formats and sizes, and how a run "
         "with default settings would split them.",
+        examples=("mlomae shards stats data/photos", "mlomae shards stats 'data/photos/train-*.tar' --json"),
     )  # fmt: skip
     stats.add_argument("where", metavar="WHERE", help=where)
     for command in (verify, stats):
@@ -147,8 +153,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_create(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
-        "create", allow_abbrev=False, help="make shards of a data set",
+        "create", help="make shards of a data set",
         description="Makes shards of a data set. Running the same command again writes what is missing.",
+        examples=_CREATE_EXAMPLES,
     )  # fmt: skip
     parser.add_argument(
         "source", metavar="SRC",
@@ -192,9 +199,13 @@ def _add_create(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_index(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
-        "index", allow_abbrev=False, help="write the index of shards that are there",
+        "index", help="write the index of shards that are there",
         description="Writes OUT/…-index.json and .npz, which tell where every sample lies. Shards that are "
         "no files of this machine need them.",
+        examples=(
+            "mlomae shards index data/photos data/photos",
+            "mlomae shards index 'https://example.org/train-{0000..0099}.tar' index --classes classes.json",
+        ),
     )  # fmt: skip
     parser.add_argument(
         "pattern", metavar="PATTERN",

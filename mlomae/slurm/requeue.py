@@ -123,9 +123,9 @@ def read_attempts(path: Path) -> list[Attempt]:
 
 
 def _settle(known: argparse.Namespace, train: Sequence[str]) -> None:
-    from mlomae.cli import parse
+    from mlomae.train_command import parse
 
-    run_dir = parse(["train", *train])[0].run_dir
+    run_dir = parse(train)[0].run_dir
     attempt = Attempt(
         _job_id(), int(os.environ.get("SLURM_RESTART_COUNT", 0)), known.code, newest_step(run_dir)
     )

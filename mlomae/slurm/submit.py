@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlomae.arguments import EXIT_OK, Parser, positive
-from mlomae.config import Config
+from mlomae.config_arguments import refuse_typos
 from mlomae.errors import UserError
 from mlomae.slurm import scripts_folder
+from mlomae.train_command import parse
 
 # Options that sbatch has under the same name.
 PASSED_ON = ("time", "partition", "account", "qos", "job-name", "cpus-per-task")
@@ -50,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
             directory, or Slurm is absent or refuses the job.
     """
     positional = argv[:1] if argv and not argv[0].startswith("-") else []
-    known, rest = _parser().parse_known_args(argv[len(positional) :])
+    parser = _parser()
+    known, rest = parser.parse_known_args(argv[len(positional) :])
+    refuse_typos(parser, rest)
     if bool(positional) == (known.config is not None):
         raise UserError("submit: give a recipe, as the first word or with --config FILE; see submit --help")
     shared = ["--config", positional[0] if positional else known.config]
@@ -119,7 +122,7 @@ def _runs(sweep: Path | None, shared: Sequence[str]) -> dict[str, list[str]]:
     """The arguments of train of each run, by what stands before an error in them."""
     if sweep is None:
         return {"": list(shared)}
-    parent = _parse(shared)[0].run_dir
+    parent = parse(shared)[0].run_dir
     return {
         f"--sweep {sweep}, run {number}: ": [*shared, *words, "--run-dir", str(parent / str(number))]
         for number, words in enumerate(read_sweep(sweep), start=1)
@@ -133,7 +136,7 @@ def _job(known: argparse.Namespace, shared: Sequence[str], runs: dict[str, list[
     arguments = list(shared)
     if known.sweep is not None:
         options += ["--array", f"1-{len(runs)}"]
-        arguments = [str(known.sweep), str(_parse(shared)[0].run_dir), *shared]
+        arguments = [str(known.sweep), str(parse(shared)[0].run_dir), *shared]
     tasks = known.gpus_per_node
     if known.gpus_per_node == 0:
         tasks = known.tasks_per_node or 1
@@ -153,7 +156,7 @@ def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> None:
     """Whatever would end the run in its first minute and can be seen from here."""
     from mlomae.run_dir import RunDir, Status
 
-    config, ds_path = _parse(arguments)
+    config, ds_path = parse(arguments)
     if ds_path is not None:
         from mlomae.distributed.ds_config import check_combination, load_ds_config
 
@@ -170,12 +173,6 @@ def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> None:
         raise UserError(f"pretrain.micro_batches: {parts} does not divide a rank's batch of {share} images")
     if RunDir(config.run_dir, config).claim(primary=False) is Status.COMPLETE:
         raise UserError(f"run_dir {config.run_dir}: is complete already; see its result.json")
-
-
-def _parse(arguments: Sequence[str]) -> tuple[Config, Path | None]:
-    from mlomae.cli import parse
-
-    return parse(["train", *arguments])
 
 
 def _sbatch(command: Sequence[str]) -> str:
@@ -196,7 +193,7 @@ def _sbatch(command: Sequence[str]) -> str:
     return asked.stdout.strip().partition(";")[0]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="mlomae submit",
         usage="mlomae submit RECIPE [options] [--section.field value …]",
@@ -204,7 +201,10 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint at its time limit or when a node is lost. Every field of the configuration is a flag, as "
         "in train. What is not given stands in the job script; sbatch's other options are its SBATCH_… "
         "variables.",
-        allow_abbrev=False,
+        examples=(
+            "mlomae submit recipes/imagenet_vit_h14.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00",
+            "mlomae submit digits --sweep rates.txt --gpus-per-node 1 --dry-run",
+        ),
     )
     parser.add_argument("--config", metavar="FILE", help="recipe in YAML, instead of the first word")
     parser.add_argument(

@@ -85,7 +85,7 @@ def _build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProces
     """Builds a copy of the sources into ``folder``; nothing of the build lands in the project."""
     source = folder / "source"
     leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for name in ("mlomae", "kernels", "slurm"):
+    for name in ("mlomae", "kernels", "slurm", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=leave_out)
     for name in _BUILD_INPUTS:
         shutil.copy(ROOT / name, source)
@@ -111,6 +111,11 @@ def test_wheel_holds_the_two_packages_only(tmp_path: Path) -> None:
     assert expected | {"mlomae/py.typed", "mlomae_kernels/py.typed"} <= names
     scripts = {f"mlomae/slurm/scripts/{path.name}" for path in (ROOT / "slurm").iterdir()}
     assert scripts == {name for name in names if name.startswith("mlomae/slurm/scripts/")}
+    assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlomae" / "report" / "assets").iterdir()}
+    assert assets == {name for name in names if name.startswith("mlomae/report/assets/")}
+    files = {path.relative_to(ROOT / "recipes").as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
+    recipes = {name for name in names if name.startswith("mlomae/recipes/files/")}
+    assert recipes == {f"mlomae/recipes/files/{name}" for name in files}
     # Here as where the tests run: built where it can be, left out where it cannot.
     assert ("mlomae_kernels/_C.so" in names) == native_status().available
 

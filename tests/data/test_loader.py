@@ -174,11 +174,11 @@ def test_evaluation_gives_every_image_once_in_order(
     assert heldout == sorted(heldout) and len(heldout) == loaders.sizes["heldout"]
 
 
-def test_sample_images_are_the_first_of_the_set(make_config: MakeConfig) -> None:
+def test_a_sample_is_the_first_images_of_the_set(make_config: MakeConfig) -> None:
     loaders = LevelLoaders(make_config())
     first = next(iter(loaders.evaluation("heldout"))).images
-    assert torch.equal(loaders.sample_images("heldout", 5), first[:5])
-    assert len(loaders.sample_images("heldout", 10**6)) == loaders.sizes["heldout"]
+    assert torch.equal(loaders.sample("heldout", 5).images, first[:5])
+    assert len(loaders.sample("heldout", 10**6).images) == loaders.sizes["heldout"]
 
 
 def test_sizes_follow_the_split_or_the_listed_files(
@@ -223,7 +223,7 @@ def stream_all(loaders: LevelLoaders, steps: int) -> None:
     for stream in (loaders.pretrain, loaders.head, loaders.mask):
         take(stream, steps)
     assert labels_of(loaders.evaluation("heldout"))
-    assert len(loaders.sample_images("heldout", 4)) == 4
+    assert len(loaders.sample("heldout", 4).images) == 4
     assert loaders.sizes
 
 

@@ -346,10 +346,10 @@ def test_damping_changes_the_implicit_response(tmp_path: Path) -> None:
 def test_dataset_and_path_choose_the_images(fill_images: Callable[..., Path]) -> None:
     folder, other = fill_images(mode="L"), fill_images(mode="L", first=500)
     digits = build({})
-    seen = [digits.loaders.sample_images("train", 4)]
+    seen = [digits.loaders.sample("train", 4).images]
     for path in (folder, other):
         trainer = build({"data.dataset": "folder", "data.path": path})
-        seen.append(trainer.loaders.sample_images("train", 4))
+        seen.append(trainer.loaders.sample("train", 4).images)
         assert trainer.loaders.num_classes == 2 != digits.loaders.num_classes
 
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])

@@ -32,7 +32,7 @@ def test_a_timm_transformer_of_the_same_size_loads_it(
         global_pool="token" if model.pool == "cls" else "avg", fc_norm=False,
     )  # fmt: skip
     vit.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=True)
-    images = trainer.loaders.sample_images("train", 8)
+    images = trainer.loaders.sample("train", 8).images
 
     with torch.no_grad():
         expected = trainer.levels.pretrain.autoencoder.encoder(images)
@@ -45,7 +45,7 @@ def test_a_timm_transformer_of_the_same_size_loads_it(
 def test_create_model_loads_a_named_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
     trainer = train(tiny_config({"run_dir": tmp_path, "iterations": 1, "model.arch": "vit_tiny"}))
-    images = trainer.loaders.sample_images("train", 8)
+    images = trainer.loaders.sample("train", 8).images
 
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, num_classes=0,

@@ -61,7 +61,7 @@ def test_preprocessing_is_that_of_evaluation(encoder: Encoder, tmp_path: Path) -
     paths = pictures(tmp_path / "photos", 8)
     config = config_of(data__path=tmp_path / "photos", masking__policy="random", pretrain__batch_size=2)
     loaders = LevelLoaders(config, 0, 1, torch.device("cpu"))
-    of_run = [tuple(image.flatten().tolist()) for image in loaders.sample_images("train", 8)]
+    of_run = [tuple(image.flatten().tolist()) for image in loaders.sample("train", 8).images]
     loaders.close()
 
     batch = encoder.preprocess(paths)

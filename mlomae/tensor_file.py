@@ -1,4 +1,4 @@
-"""The state of an evaluation that trains: one safetensors file, replaced in one step."""
+"""Tensors and a few plain values in one safetensors file, replaced in one step."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""``mlomae doctor``: whether this installation, this machine and a folder are fit for runs."""

@@ -1,0 +1,1 @@
+"""``mlomae report``: one self-contained HTML page about one or several runs."""
