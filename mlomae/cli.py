@@ -19,7 +19,7 @@ from mlomae.arguments import (
     Parser,
     did_you_mean,
 )
-from mlomae.errors import LostRank, Preempted, UserError
+from mlomae.errors import Interrupted, LostRank, Preempted, UserError
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as stop:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"mlomae: {stop}", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return EXIT_INTERRUPTED if isinstance(stop, Interrupted) else EXIT_PREEMPTED
     except LostRank as error:
         print(f"mlomae: error: {error}", file=sys.stderr)
         return EXIT_LOST

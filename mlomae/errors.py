@@ -11,5 +11,9 @@ class Preempted(Exception):
     """A signal asked this run to stop. What is done is saved; the same command goes on."""
 
 
+class Interrupted(Preempted):
+    """The signal came from the keyboard."""
+
+
 class LostRank(Exception):
     """Another rank was lost, left or is stuck. The message is one line that names it."""

@@ -1,7 +1,8 @@
-"""Signals that ask a run to stop, as schedulers send them before they take a machine back."""
+"""Signals that ask a run to stop: those of schedulers, before they take a machine back, and Ctrl-C."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,17 +10,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from mlomae.errors import Preempted
+from mlomae.errors import Interrupted, Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NOTICE = b"mlomae: interrupted: saves after this step and stops; once more stops at once\n"
 
 
 class Preemption:
-    """While entered, SIGTERM and SIGUSR1 raise ``Preempted``: at once, or where nothing is lost by it.
+    """While entered, SIGTERM and SIGUSR1 raise ``Preempted``, SIGINT raises KeyboardInterrupt.
 
     At once while a run is built and while it is evaluated. While it trains (``deferred``) a signal is only
-    remembered, and the caller asks after every outer iteration. Does nothing outside the main thread, which
-    alone may handle signals.
+    remembered, and the caller asks after every step: raised in the middle of one, the exception could leave a
+    lock of some library held, and the run would hang at its end. A second SIGINT does not wait. Does nothing
+    outside the main thread, which alone may handle signals.
     """
 
     def __init__(self) -> None:
@@ -29,7 +32,10 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            for number in SIGNALS:
+                # Shells start background jobs with SIGINT ignored: it is meant for others.
+                if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,10 +48,15 @@ class Preemption:
         """Whether this process was asked to stop."""
         return self._received is not None
 
-    @property
-    def reason(self) -> str:
-        """The signal in words; another rank's where this process received none."""
-        return "a signal to another rank" if self._received is None else self._received.name
+    def stopped(self, saved: str) -> Preempted:
+        """What a run raises once it has saved its state.
+
+        Args:
+            saved: what is done: ``iteration 7``.
+        """
+        cause = "a signal to another rank" if self._received is None else self._received.name
+        kind = Interrupted if self._received is signal.SIGINT else Preempted
+        return kind(f"stopped by {cause} after {saved}, which is saved; the same command goes on")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -53,18 +64,25 @@ class Preemption:
 
         Raises:
             Preempted: on leaving, if a signal came after the last question.
+            KeyboardInterrupt: so, if it was SIGINT.
         """
         self._deferred = True
         yield
         # Not after an exception: the run is leaving, and another signal would only disturb it.
         self._deferred = False
         if self._received is not None:
-            raise self._stop()
+            raise self._stop(self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self._received is signal.SIGINT and number == signal.SIGINT
         self._received = signal.Signals(number)
-        if not self._deferred:
-            raise self._stop()
+        if again or not self._deferred:
+            raise self._stop(self._received)
+        if number == signal.SIGINT:
+            os.write(2, _NOTICE)  # print may be what was interrupted
 
-    def _stop(self) -> Preempted:
-        return Preempted(f"stopped by {self.reason}; the same command goes on from the last checkpoint")
+    @staticmethod
+    def _stop(number: signal.Signals) -> BaseException:
+        if number is signal.SIGINT:
+            return KeyboardInterrupt()
+        return Preempted(f"stopped by {number.name}; the same command goes on from the last checkpoint")

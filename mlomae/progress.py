@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live view on a terminal, one plain or JSON line per log interval elsewhere."""
+"""What a run shows while it works: a live view on a terminal, elsewhere a plain or JSON line per interval."""
 
 from __future__ import annotations
 

@@ -138,10 +138,7 @@ class Trainer:
                     self._settle(logbook)
                     self.save(scheduled=False)
                 collectives.on_primary(self.writer.finish)
-                raise Preempted(
-                    f"stopped by {self.preemption.reason} after iteration {self.iteration}, which is saved; "
-                    "the same command goes on"
-                )
+                raise self.preemption.stopped(f"iteration {self.iteration}")
         collectives.on_primary(self.writer.finish)
 
     def _settle(self, logbook: Logbook) -> None:

@@ -176,7 +176,9 @@ def outlive_signals(worker: int) -> None:
         # A loader that hangs is ended by another SIGTERM, of torch's.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # A terminal's Ctrl-C reaches all processes of a run, which goes on until its step is done.
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, once)
 
 

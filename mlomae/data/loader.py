@@ -128,7 +128,7 @@ class LevelLoaders:
         return len(self._subset(part))
 
     def sample(self, part: Part, count: int) -> Batch:
-        """The first ``count`` images of a set (all if it has fewer); in place of a bad one stands a good one."""
+        """The first ``count`` images of a set, or all that it has; for a bad one stands a good one."""
         subset = self._subset(part)
         rows = torch.arange(min(count, len(subset)))
         loaded = subset.read(rows, "none", torch.zeros(len(rows), 0))

@@ -29,7 +29,7 @@ from mlomae.distributed import collectives
 from mlomae.distributed.env import World
 from mlomae.distributed.judge import Judge, Place, Verdict
 from mlomae.distributed.wire import Message, Wire, connect, listen
-from mlomae.errors import LostRank, Preempted, UserError
+from mlomae.errors import Interrupted, LostRank, Preempted, UserError
 from mlomae.ranges import position
 
 # Seconds between signs of life, between looks, and for the last words.
@@ -198,10 +198,10 @@ def _ending(error: Any) -> tuple[int, str]:
             return EXIT_OK, "it has finished"
         case UserError():
             return EXIT_USER_ERROR, str(error)
+        case Interrupted() | KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "it was interrupted"
         case Preempted():
             return EXIT_PREEMPTED, "it was asked to"
         case LostRank():
             return EXIT_LOST, str(error)
-        case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, "it was interrupted"
     return EXIT_PROBLEMS, " ".join(f"{type(error).__name__}: {error}".split())

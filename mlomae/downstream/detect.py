@@ -93,9 +93,9 @@ class DetectTask:
     """
 
     encoder_prefix = "backbone.encoder."
-    show: Show = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2e}".format}}
 
     def __init__(self, config: Config, pretrained: Pretrained, run_dir: RunDir, world: World) -> None:
+        self.show: Show = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2e}".format}}
         self._config, self._in_chans, self._world = config, pretrained.in_chans, world
         self._frame = frame_of(config.size or pretrained.img_size, pretrained.patch_size)
         if pretrained.in_chans not in MODES:

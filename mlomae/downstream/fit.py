@@ -25,7 +25,7 @@ from mlomae.distributed.engine import MOMENTS, load_moments
 from mlomae.distributed.env import World
 from mlomae.downstream.optimizer import build_optimizer, set_rates
 from mlomae.downstream.sections import FAILURE, TrainedTaskConfig
-from mlomae.errors import Preempted, UserError
+from mlomae.errors import UserError
 from mlomae.metrics import MetricsWriter
 from mlomae.mlo.schedule import warmup_cosine
 from mlomae.precision import resolve_precision, set_float32_products
@@ -155,10 +155,7 @@ class Fit:
             if due:
                 self._save()
             if stop:
-                raise Preempted(
-                    f"stopped by {self.preemption.reason} after step {self.done}, which is saved; "
-                    "the same command goes on"
-                )
+                raise self.preemption.stopped(f"step {self.done}")
 
     def _step(self, batch: Any) -> dict[str, Tensor]:
         config = self.config.optim

@@ -19,7 +19,7 @@ from mlomae.downstream.feature_set import FeatureSet, join
 from mlomae.downstream.features import Collected, FeaturesConfig, load_features
 from mlomae.downstream.probe import Heads, ProbePlan, best_head
 from mlomae.downstream.sections import FAILURE
-from mlomae.errors import Preempted, UserError
+from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.metrics import MetricsWriter
 from mlomae.preemption import Preemption
@@ -135,10 +135,7 @@ class _Probe:
                     self._log(losses.cpu(), lrs, writer)
                 self._save(heads, stop)
                 if stop:
-                    raise Preempted(
-                        f"stopped by {self.preemption.reason} after epoch {self.state['done']}, which is "
-                        "saved; the same command goes on"
-                    )
+                    raise self.preemption.stopped(f"epoch {self.state['done']}")
         return heads
 
     def _log(self, losses: Tensor, lrs: Sequence[float], writer: MetricsWriter) -> None:

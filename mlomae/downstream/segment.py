@@ -100,9 +100,9 @@ class Segmentation:
     """The task for ``Fit``."""
 
     encoder_prefix = "encoder."
-    show: Show = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2g}".format}}
 
     def __init__(self, config: Config, pretrained: Pretrained, run_dir: RunDir, world: World) -> None:
+        self.show: Show = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2g}".format}}
         if pretrained.in_chans not in MODES:
             raise UserError(f"encoder: takes {pretrained.in_chans} channels; image files have 1 or 3")
         self._config, self._pretrained, self._world = config, pretrained, world

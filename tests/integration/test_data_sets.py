@@ -182,7 +182,7 @@ def test_a_test_set_split_off_is_not_read_in_training(
     batches = {f"{level}.batch_size": 256 for level in ("pretrain", "head", "mask")}
     fields = {"run_dir": tmp_path, "iterations": 5, "data.resident": resident, **batches}
     trainer = train(tiny_config(fields))
-    trainer.loaders.sample("heldout", 8).images
+    assert len(trainer.loaders.sample("heldout", 8).images)
     in_training = set(torch.cat(seen).tolist())
     seen.clear()
     tested = sum(len(batch.images) for batch in trainer.loaders.evaluation("test"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,21 +81,20 @@ def steps_logged(run_dir: Path) -> int:
 
 def interrupt(command: list[str], run_dir: Path, step: int, number: signal.Signals) -> tuple[int, str]:
     """Starts a command, sends its process group a signal once ``step`` is logged; (exit code, stderr)."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
     deadline = time.monotonic() + START
-    try:
-        while steps_logged(run_dir) < step:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=START)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            while steps_logged(run_dir) < step:
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            os.killpg(process.pid, number)
+            _, errors = process.communicate(timeout=START)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, errors
 
 
@@ -109,7 +109,13 @@ def test_processes_that_were_interrupted_and_killed(
     # A terminal's ctrl-c reaches the loader processes too.
     code, errors = interrupt([*command, "--data.workers", "2"], run_dir, 10, signal.SIGINT)
     assert code == 130
-    assert errors == "mlomae: interrupted; the same command resumes from the last checkpoint\n"
+    notice, last = errors.splitlines()
+    assert notice == "mlomae: interrupted: saves after this step and stops; once more stops at once"
+    saved = re.fullmatch(
+        r"mlomae: stopped by SIGINT after iteration (\d+), which is saved; the same command goes on", last
+    )
+    assert saved
+    assert (run_dir / "checkpoints" / f"step-{int(saved[1]):08d}").exists()
     code, _ = interrupt(command, run_dir, 25, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (run_dir / "result.json").exists()
