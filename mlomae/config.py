@@ -24,6 +24,7 @@ from mlomae.sections import (
     FailureConfig,
     HeadConfig,
     HypergradientConfig,
+    Loggers,
     MaskConfig,
     MaskingConfig,
     ModelConfig,
@@ -44,9 +45,8 @@ class Config(Section):
     run_dir: Path = Field(Path("runs/default"), description="folder that receives everything the run leaves")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = Field(10, description="iterations between lines of metrics.jsonl")
-    display: Display = Field(
-        "auto", description="auto: a view on a terminal, else lines; quiet; json: an object a line"
-    )
+    display: Display = "auto"
+    loggers: Loggers = ("tensorboard",)
     checkpoint_every: Positive = Field(100, description="iterations between checkpoints")
     picture_every: Positive = Field(100, description="iterations between pictures of the mask")
     keep_checkpoints: Positive = Field(2, description="checkpoints kept")
@@ -84,7 +84,8 @@ class Config(Section):
 
 # Fields that may change when a run directory is resumed: none of them changes what is computed.
 RESUMABLE_CHANGES = {
-    "run_dir", "device", "display", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints",
+    "run_dir", "device", "display", "loggers", "log_every", "checkpoint_every", "picture_every",
+    "keep_checkpoints",
     "data.path", "data.test_path", "data.download", "data.max_bad_share", "data.workers", "data.resident",
     "model.attention", "model.predict", "pretrain.micro_batches", "compute.execution",
     "compute.activation_checkpointing", "failure.lost_after", "failure.stuck_after",

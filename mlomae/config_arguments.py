@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from mlomae.arguments import Parser, nearest
 from mlomae.config import Config, load_config
 from mlomae.errors import UserError
-from mlomae.sections import Section
+from mlomae.run_dir import to_json
+from mlomae.sections import Display, Section
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,27 @@ def overrides(rest: Sequence[str]) -> dict[str, str]:
     return fields
 
 
+def add_display_flags(parser: Parser) -> None:
+    """``--quiet`` and ``--json``, short for values of the field ``display``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--quiet", dest="display", action="store_const", const="quiet", help="the result and errors only"
+    )
+    group.add_argument(
+        "--json", dest="display", action="store_const", const="json",
+        help="each log line and the result as a JSON object on a line",
+    )  # fmt: skip
+
+
+def show_result(result: Mapping[str, Any], display: Display) -> None:
+    """The figures of a run on standard output; nothing where there are none, as on other ranks."""
+    if display != "json":
+        for name, value in result.items():
+            print(f"{name}: {value}")
+    elif result:
+        print(to_json(result))
+
+
 def parse_known(
     parser: Parser, argv: Sequence[str], root: type[Section] = Config
 ) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -90,7 +112,10 @@ def parse_known(
     """
     known, rest = parser.parse_known_args(argv)
     refuse_typos(parser, rest, root)
-    return known, overrides(rest)
+    fields = overrides(rest)
+    if getattr(known, "display", None) is not None:
+        fields["display"] = known.display
+    return known, fields
 
 
 def refuse_typos(parser: Parser, rest: Sequence[str], root: type[Section] = Config) -> None:

@@ -1,18 +1,31 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the screen."""
+"""Where the numbers of a run go: metrics.jsonl, the loggers and the screen."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from mlomae.errors import UserError
+from mlomae.loggers import open_loggers
 from mlomae.progress import Progress, Show
 from mlomae.run_dir import RunDir, to_json, write_atomically
-from mlomae.sections import Display
+from mlomae.sections import Display, LoggerName
+
+
+class Watched(Protocol):
+    """What a configuration says about being watched."""
+
+    @property
+    def display(self) -> Display: ...
+
+    @property
+    def loggers(self) -> tuple[LoggerName, ...]: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 class MetricsWriter:
@@ -21,34 +34,26 @@ class MetricsWriter:
     What an earlier process wrote about steps after ``first_step`` is dropped, since they run again.
 
     Args:
+        config: of the run.
         total: steps of the run.
         first_step: steps done before (0, or the step of the checkpoint that was loaded).
-        show, display: see ``Progress``.
+        show: see ``Progress``.
 
     Raises:
-        UserError: the tensorboard package is missing.
+        UserError: a logger cannot be opened.
     """
 
     def __init__(
-        self,
-        run_dir: RunDir,
-        enabled: bool,
-        total: int,
-        first_step: int,
-        show: Show,
-        display: Display = "auto",
+        self, run_dir: RunDir, config: Watched, enabled: bool, total: int, first_step: int, show: Show
     ) -> None:
         self.enabled = enabled
         if not enabled:
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("tensorboard: the package is missing; install it with pip") from None
+        self._step, self._total = first_step, total
+        self._loggers = open_loggers(config.loggers, run_dir.path, config.model_dump(mode="json"), first_step)
         drop_lines_after(run_dir.metrics, first_step)
         self._file = open(run_dir.metrics, "a")  # noqa: SIM115 - open for the whole run
-        self._tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
-        self._progress = Progress(total, first_step, show, display)
+        self._progress = Progress(total, first_step, show, config.display)
 
     def log(
         self, step: int, scalars: Mapping[str, float], arrays: Mapping[str, Sequence[float]] | None = None
@@ -56,26 +61,38 @@ class MetricsWriter:
         """Records one step. ``arrays`` go to metrics.jsonl only; non-finite numbers become null there."""
         if not self.enabled:
             return
+        self._step = step
         self._file.write(to_json({"step": step, **scalars, **(arrays or {})}) + "\n")
         self._file.flush()
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
-        # A killed run is continued from a checkpoint: events up to it must have reached the file.
-        self._tensorboard.flush()
+        for logger in self._loggers:
+            logger.scalars(step, scalars)
         self._progress.log(step, scalars)
 
     def image(self, step: int, path: Path) -> None:
-        """Adds a PNG file to TensorBoard."""
+        """Hands a PNG file to the loggers, under its name without the ending."""
         if self.enabled:
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            self._tensorboard.add_image(path.stem, pixels, step, dataformats="HWC")
+            for logger in self._loggers:
+                logger.image(step, path.stem, pixels)
+
+    def result(self, figures: Mapping[str, Any]) -> None:
+        """Hands the numbers among a run's final figures to the loggers, as ``result/NAME``."""
+        if self.enabled:
+            numbers = {
+                f"result/{name}": float(value)
+                for name, value in figures.items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
+            for logger in self._loggers:
+                logger.scalars(self._step, numbers)
 
     def close(self) -> None:
-        """Ends the display and closes the files."""
+        """Ends the display, closes the files and ends the loggers' runs."""
         if self.enabled:
             self._progress.close()
-            self._tensorboard.close()
+            for logger in self._loggers:
+                logger.close(finished=self._step >= self._total)
             self._file.close()
 
 

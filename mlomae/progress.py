@@ -20,6 +20,12 @@ Show = Mapping[str, Mapping[str, Callable[[float], str]]]
 """Title of a row → scalar → its text: ``{"loss": {"loss/pretrain": "pretrain {:.4f}".format}}``."""
 
 
+def say(display: Display, text: str) -> None:
+    """A line about what is being done; only where people read along."""
+    if display == "auto":
+        print(text, flush=True)
+
+
 class Progress:
     """Shows the step, chosen scalars and the remaining time on standard output.
 

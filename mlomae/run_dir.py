@@ -2,7 +2,7 @@
 
 * ``config.yaml``: the resolved configuration; its presence makes a folder a run directory
 * ``metrics.jsonl``: one line per log interval
-* ``tensorboard/``: the same for TensorBoard
+* ``tensorboard/``, ``wandb/``, ``loggers.json``: the same for others (``mlomae.loggers``)
 * ``checkpoints/``: see ``mlomae.checkpoint``
 * ``mask.png``, ``pictures.jsonl``, ``pictures.safetensors``: see ``mlomae.pictures``
 * ``environment.json``: versions and device of the last process

@@ -16,6 +16,17 @@ Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance
 Arch = Literal["vit_pico", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 Policy = Literal["learned", "random", "fixed", "weighted-random", "block"]
 
+Display = Annotated[
+    Literal["auto", "quiet", "json"],
+    Field(description="auto: a view on a terminal, else lines; quiet: nothing; json: an object a line"),
+]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+Loggers = Annotated[
+    tuple[LoggerName, ...],
+    BeforeValidator(lambda value: value.replace(" ", "").split(",") if isinstance(value, str) else value),
+    Field(description="tensorboard, wandb, mlflow: where scalars, images and the configuration go too"),
+]
+
 
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys are errors."""
@@ -231,9 +242,6 @@ class DataConfig(ImagesConfig):
             if not self.has_label_maps and value != DataConfig.model_fields[name].default:
                 raise ValueError(f"{name} {value!r} is for scenes; leave it out for {self.dataset!r}")
         return self
-
-
-Display = Literal["auto", "quiet", "json"]
 
 
 class LevelConfig(Section):

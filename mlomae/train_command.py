@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlomae.arguments import EXIT_OK, Parser
 from mlomae.config import Config, load_config
-from mlomae.config_arguments import describe, parse_known
+from mlomae.config_arguments import add_display_flags, describe, parse_known, show_result
 from mlomae.preemption import Preemption
 
 DESCRIPTION = """\
@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> int:
         from mlomae.run import run
 
         result = run(config, ds_path, preemption)
-    for name, value in result.items():
-        print(f"{name}: {value}")
+    show_result(result, config.display)
     return EXIT_OK
 
 
@@ -63,6 +62,7 @@ def _parser() -> Parser:
         "--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE",
         help="ZeRO, communication and precision; without it, plain torch",
     )  # fmt: skip
+    add_display_flags(parser)
     # Passed by the deepspeed launcher; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser

@@ -37,6 +37,7 @@ from mlomae.models.mae import MaskedAutoencoder
 from mlomae.pictures import Pictures
 from mlomae.precision import resolve_precision
 from mlomae.preemption import Preemption
+from mlomae.progress import say
 from mlomae.ranges import position, profiled
 from mlomae.run_dir import RunDir, to_json, write_atomically
 from mlomae.score_pixels import score_pixels
@@ -99,12 +100,11 @@ class Trainer:
                 "implementations": self.implementations,
             }
             write_atomically(self.run_dir.environment, to_json(environment, indent=2).encode())
-            if self.config.display == "auto":
-                print(f"{self.implementations}\n{self.loaders.describe()}", flush=True)
+            say(self.config.display, f"{self.implementations}\n{self.loaders.describe()}")
         config = self.config
         self.bad_samples.restore()
         primary, total = self.world.primary, config.iterations
-        writer = MetricsWriter(self.run_dir, primary, total, self.iteration, SHOWN, config.display)
+        writer = MetricsWriter(self.run_dir, config, primary, total, self.iteration, SHOWN)
         logbook = Logbook(writer, self.guard)
         try:
             self.telemetry = self.start_telemetry()
@@ -113,7 +113,9 @@ class Trainer:
             gc.freeze()
             with self.preemption.deferred():
                 self._train(writer, logbook)
-            return self.evaluate()
+            result = self.evaluate()
+            writer.result(result)
+            return result
         except (KeyboardInterrupt, UserError, Preempted):
             logbook.write_waiting()
             self.bad_samples.write_own()

@@ -32,6 +32,8 @@ while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done
 code=0
 wait "$srun" || code=$?
 
+# A signal to the whole job may come this late: it would end what decides.
+trap '' USR1
 code_of_job=0
 "$MLOMAE_PYTHON" -m mlomae.slurm.requeue --code "$code" "${ended[@]}" -- "$@" || code_of_job=$?
 exit "$code_of_job"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlomae.arguments import EXIT_OK, Parser
 from mlomae.config import load_tree
-from mlomae.config_arguments import describe, parse_known
+from mlomae.config_arguments import add_display_flags, describe, parse_known, show_result
 from mlomae.downstream.sections import DATA_PATHS, FAILURE, RESUMABLE_CHANGES, TaskConfig
 from mlomae.errors import UserError
 
@@ -48,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if encoder is not None:
         fields["encoder"] = json.dumps(encoder)
     config = load_tree(known.config, fields, root)
-    for field, value in _evaluate(known.task, config).items():
-        print(f"{field}: {value}")
+    show_result(_evaluate(known.task, config), config.display)
     return EXIT_OK
 
 
@@ -71,6 +70,7 @@ def _parser(task: str | None) -> Parser:
     )
     parser.add_argument("task", choices=list(TASKS), metavar="TASK")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe in YAML; defaults where absent")
+    add_display_flags(parser)
     return parser
 
 

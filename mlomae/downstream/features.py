@@ -33,10 +33,10 @@ from mlomae.interop.pretrained import Pool, Pretrained
 from mlomae.interop.vit import build_vit
 from mlomae.models.encoder import pool_features
 from mlomae.precision import resolve_precision, set_float32_products
-from mlomae.progress import Progress
+from mlomae.progress import Progress, say
 from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
-from mlomae.sections import ImagesConfig, Positive
+from mlomae.sections import Display, ImagesConfig, Positive
 from mlomae.tensor_file import read_tensors, write_tensors
 
 # Fields of the data section that change no feature.
@@ -114,7 +114,7 @@ def load_features(config: FeaturesConfig, pretrained: Pretrained, run_dir: RunDi
             ledger.note(Fault(**fault) for fault in known["faults"])
             classes.append(known["classes"])
         counts = ", ".join(f"{len(parts[part]):,} {part}" for part in PARTS)
-        print(f"features: {counts} images in {folder}", flush=True)
+        say(config.display, f"features: {counts} images in {folder}")
 
     collectives.on_primary(read)
     bad_samples.exchange()
@@ -158,10 +158,9 @@ class _Collector:
         number = -(-len(subset) // self._config.encoder_batch)
         rounds: Iterable[Batch | None] = self._rounds(subset, number, faults)
         if self._world.primary:
-            print(f"features: computing those of {len(subset):,} {part} images", flush=True)
-            rounds = _shown(
-                rounds, -(-number // self._world.size), self._config.encoder_batch * self._world.size
-            )
+            say(self._config.display, f"features: computing those of {len(subset):,} {part} images")
+            images = self._config.encoder_batch * self._world.size
+            rounds = _shown(rounds, -(-number // self._world.size), images, self._config.display)
         found = gather_features(self._encode, rounds, len(subset), self._world)
         met = collectives.gather_object(faults)
 
@@ -202,9 +201,11 @@ class _Collector:
             return pool_features(self._vit.forward_features(images), self._pool)
 
 
-def _shown(rounds: Iterable[Batch | None], total: int, images: int) -> Iterator[Batch | None]:
+def _shown(
+    rounds: Iterable[Batch | None], total: int, images: int, display: Display
+) -> Iterator[Batch | None]:
     """The same, with a line now and then that tells how far it is; ``images`` belong to a round."""
-    progress = Progress(total, 0, {"": {"images_per_second": "{:,.0f} img/s".format}})
+    progress = Progress(total, 0, {"": {"images_per_second": "{:,.0f} img/s".format}}, display)
     began = last = time.monotonic()
     try:
         for number, batch in enumerate(rounds, 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,18 +118,18 @@ class Fit:
         """
         self._resume()
         task, world = self.task, self.world
-        display = self.config.display
-        writer = MetricsWriter(self.run_dir, world.primary, self.total, self.done, task.show, display)
-        try:
-            with self.preemption.deferred():
-                self._train(writer)
-        finally:
-            writer.close()
-            task.close()
-        model = task.model if self.ema is None else self.ema.module
-        model.eval()
-        with torch.no_grad(), self._autocast():
-            figures = task.evaluate(model)
+        writer = MetricsWriter(self.run_dir, self.config, world.primary, self.total, self.done, task.show)
+        with closing(writer):
+            try:
+                with self.preemption.deferred():
+                    self._train(writer)
+            finally:
+                task.close()
+            model = task.model if self.ema is None else self.ema.module
+            model.eval()
+            with torch.no_grad(), self._autocast():
+                figures = task.evaluate(model)
+            writer.result(figures)
         collectives.on_primary(lambda: self._leave(model))
         return {**figures, "epochs": self.config.optim.epochs, "seconds": round(self.seconds, 3)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.metrics import MetricsWriter
 from mlomae.preemption import Preemption
+from mlomae.progress import say
 from mlomae.ranges import position
 from mlomae.run_dir import RunDir
 from mlomae.sections import NonNegative, Positive, Share
@@ -99,20 +101,19 @@ class _Probe:
         images = _Images.of(self.collected, self.world.device) if self.world.primary else None
         epochs, lrs = self.config.epochs, self.config.lrs
         shown = {"": {"loss": "loss {:.4f}".format, "lr": "lr {:.2g}".format}}
+        figures: dict[str, Any] = {}
         writer = MetricsWriter(
-            self.run_dir, self.world.primary, 2 * epochs, self.state["done"], shown, self.config.display
+            self.run_dir, self.config, self.world.primary, 2 * epochs, self.state["done"], shown
         )
-        try:
+        with closing(writer):
             if self.state["best"] is None:
                 heads = self._train(0, lrs, None if images is None else images.train, writer)
                 collectives.on_primary(lambda: self._choose(heads, images))
                 self.state = collectives.broadcast_object(self.state)
             lr = lrs[self.state["best"]]
             chosen = self._train(epochs, [lr], None if images is None else images.both, writer)
-        finally:
-            writer.close()
-        figures: dict[str, Any] = {}
-        collectives.on_primary(lambda: figures.update(self._test(chosen)))
+            collectives.on_primary(lambda: figures.update(self._test(chosen)))
+            writer.result(figures)
         return figures
 
     def _train(
@@ -165,7 +166,10 @@ class _Probe:
         if best is None:
             raise UserError(f"lrs: none of {list(lrs)} leads to finite numbers; give lower ones")
         if len(lrs) > 2 and lrs[best] in (min(lrs), max(lrs)):
-            print(f"lrs: the best one, {lrs[best]}, is an end of the list; those beyond it may be better")
+            say(
+                self.config.display,
+                f"lrs: the best one, {lrs[best]}, is an end of the list; those beyond it may be better",
+            )
         self.state |= {"best": best, "accuracies": scores.accuracy.tolist(), "losses": scores.loss.tolist()}
 
     def _test(self, heads: Heads | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mlomae.sections import (
     FailureConfig,
     LevelConfig,
     Location,
+    Loggers,
     NonNegative,
     Positive,
     Section,
@@ -24,7 +25,7 @@ DATA_PATHS = {"data.path", "data.test_path"}
 # Fields that may change when an evaluation is resumed: none of them changes what is meant to be computed.
 # Whether images elsewhere are the same ones is told by their names.
 RESUMABLE_CHANGES = DATA_PATHS | {
-    "encoder", "out", "device", "display", "log_every", "data.download", "data.max_bad_share",
+    "encoder", "out", "device", "display", "loggers", "log_every", "data.download", "data.max_bad_share",
     "data.workers", "encoder_batch",
 }  # fmt: skip
 FAILURE = FailureConfig()  # how patient ranks are with each other; of evaluations, nobody asks for more
@@ -69,9 +70,8 @@ class TaskConfig(Section):
         "auto", description="of the passes; weights are float32. auto: bf16 on a GPU, else float32"
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    display: Display = Field(
-        "auto", description="auto: a view on a terminal, else lines; quiet; json: an object a line"
-    )
+    display: Display = "auto"
+    loggers: Loggers = ("tensorboard",)
     img_size: ImageSize | None = Field(
         None, description="side, or [height, width]; positions are interpolated. None: as pretrained"
     )

@@ -47,7 +47,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1
 ReturnToService=0
 SlurmdParameters=config_overrides
-KillWait=5
+KillWait=30
 JobRequeue=1
 {nodes}
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
