@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent
 CPU_LIBRARY, CUDA_LIBRARY = "mlomae_kernels._C", "mlomae_kernels._C_cuda"
 CUDA_ARCHITECTURES = "8.0;9.0;10.0"
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+LOGGERS = {"wandb": ["wandb"], "mlflow": ["mlflow"]}
 
 
 class CMakeBuild(build_ext):
@@ -168,9 +170,18 @@ setup(
             "transformers",
             *ONNX,
             "torchmetrics",
+            # What runs are logged to, the report's browser, the documentation and its notebook.
+            *LOGGERS["wandb"],
+            *LOGGERS["mlflow"],
+            "playwright",
+            *DOCS,
+            "nbclient",
+            "ipykernel",
         ],
         "flash": ["flash-attn"],
         "onnx": ONNX,
+        "docs": DOCS,
+        **LOGGERS,
     },
     entry_points={"console_scripts": ["mlomae = mlomae.cli:main"]},
 )

@@ -44,16 +44,18 @@ class Progress:
         # A window, so that slow first steps (compilation, cold caches) leave the estimate soon.
         self._times = deque([(first_step, time.monotonic())], maxlen=20)
         console = Console(highlight=False)
+        self._latest: dict[str, float] = {}  # some scalars come with few lines only
         self._live: Live | None = None
         if display == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal:
             self._live = Live(self._view(first_step, {}), console=console, auto_refresh=False)
             self._live.start()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows ``step`` of ``total``; scalars that were not logged this time are left out."""
+        """Shows ``step`` of ``total``; the view keeps scalars that were not logged this time, lines do not."""
         self._times.append((step, time.monotonic()))
         if self._live is not None:
-            self._live.update(self._view(step, scalars), refresh=True)
+            self._latest |= scalars
+            self._live.update(self._view(step, self._latest), refresh=True)
         elif self._display == "json":
             print(to_json({"step": step, "total": self._total, **scalars}), flush=True)
         elif self._display == "auto":

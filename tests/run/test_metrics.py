@@ -145,16 +145,17 @@ def test_view_on_a_terminal(tmp_path: Path) -> None:
         "view = Progress(4, 0, SHOWN)\n"
         "view.log(2, {'loss/pretrain': 0.125, 'hypergradient/norm': 3e-3, 'mask/entropy': 0.5,\n"
         "             'memory/peak_bytes': 3 * 2**29})\n"
+        "view.log(3, {'loss/pretrain': 0.25})\n"
         "print('a warning')\n"
         "view.close()\n"
     )
     output = on_a_terminal(program)
     assert "\x1b[" in output
     text = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output).splitlines()]
-    last = max(number for number, line in enumerate(text) if "step 2/4" in line)
-    assert re.match(r"step 2/4 .* eta \d+:\d\d$", text[last])
+    last = max(number for number, line in enumerate(text) if "step 3/4" in line)
+    assert re.match(r"step 3/4 .* eta \d+:\d\d$", text[last])
     assert [line.split(maxsplit=1) for line in text[last + 1 : last + 5]] == [
-        ["loss", "pretrain 0.1250"],
+        ["loss", "pretrain 0.2500"],
         ["gradient", "hypergradient 3.0e-03"],
         ["mask", "entropy 0.500"],
         ["machine", "1.5 GiB"],
