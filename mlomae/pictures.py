@@ -54,7 +54,7 @@ class Pictures:
         # Label maps have no class of the whole image.
         labelled = sample.labels is not None and sample.labels.ndim == 1
         self._labels = sample.labels.to(device) if labelled and sample.labels is not None else None
-        self._num_classes = loaders.num_classes or 0
+        self._num_classes, self._class_names = loaders.num_classes or 0, loaders.class_names
         drop_lines_after(run_dir.pictures, step - 1)
 
     def take(
@@ -83,7 +83,12 @@ class Pictures:
                 "influence_images": _bytes(as_pixels(influence.images, self._mean, self._std)),
             }
         taken = None if influence is None else influence.iteration + 1
-        state = {"step": step, "grid": list(latest.grid), "influence_step": taken}
+        state = {
+            "step": step,
+            "grid": list(latest.grid),
+            "influence_step": taken,
+            "class_names": self._class_names,
+        }
         write_tensors(self._run_dir.latest_picture, tensors, state)
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class Progress:
             self._live.start()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows ``step`` of ``total``; the view keeps scalars that were not logged this time, lines do not."""
+        """Shows ``step`` of ``total``. The view keeps scalars that are not logged this time, lines do not."""
         self._times.append((step, time.monotonic()))
         if self._live is not None:
             self._latest |= scalars

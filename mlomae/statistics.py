@@ -32,8 +32,7 @@ def score_statistics(scores: Tensor, bound: float) -> dict[str, Tensor]:
 
     Returns:
         * ``mask/entropy``: mean binary entropy of the probabilities in bits; 1 at p = 0.5, 0 at p = 0 or 1.
-        * ``mask/saturation``: share of scores whose probability hardly moves any more, because of the
-          sigmoid or of the bound.
+        * ``mask/saturation``: share of scores whose probability hardly moves any more (sigmoid or bound).
         * ``mask/spread``: standard deviation of the scores within an image.
     """
     p = scores.sigmoid()

@@ -66,12 +66,15 @@ def open_csv(path: Path, in_chans: int) -> Dataset:
     num_classes = len(set(numbers.values())) or None
     train = _source(path.parent, parts["train"], numbers)
     statistics = STATISTICS[MODES[in_chans]]
+    class_names = tuple(sorted(numbers, key=numbers.__getitem__)) if num_classes == len(numbers) else None
     if not test_rows:
-        return Dataset(train, num_classes, *statistics)
+        return Dataset(train, num_classes, *statistics, class_names=class_names)
     _verify_test_labels(path, test_rows, numbers)
     test = _source(path.parent, test_rows, numbers)
     files = PartFiles(path.parent, train.keys), PartFiles(path.parent, test.keys)
-    return Dataset(train, num_classes, *statistics, open_test=lambda: test, files=files)
+    return Dataset(
+        train, num_classes, *statistics, open_test=lambda: test, files=files, class_names=class_names
+    )
 
 
 def _read_rows(path: Path) -> Iterator[Row]:

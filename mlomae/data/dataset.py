@@ -84,3 +84,4 @@ class Dataset:
     std: tuple[float, ...]
     open_test: Callable[[], Source] | None = None
     files: tuple[PartFiles, PartFiles] | None = None  # of training and of test, where both are known
+    class_names: tuple[str, ...] | None = None  # where the classes have names

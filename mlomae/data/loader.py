@@ -47,7 +47,7 @@ class LevelLoaders:
         data = config.data
         self._config = config
         self._dataset = open_dataset(data, config.model.in_chans)
-        self.num_classes = self._dataset.num_classes
+        self.num_classes, self.class_names = self._dataset.num_classes, self._dataset.class_names
         self.mean, self.std = self._dataset.mean, self._dataset.std
         # With label maps every image is labelled.
         self.has_label_maps = isinstance(self._dataset.train, SceneSource)

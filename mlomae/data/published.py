@@ -76,8 +76,16 @@ def open_published(name: str, path: Path, in_chans: int) -> Dataset:
 
     train_source, test_source = source(train), source(test)
     files = PartFiles(images, train_source.keys), PartFiles(images, test_source.keys)
-    statistics = STATISTICS[MODES[in_chans]]
-    return Dataset(train_source, num_classes, *statistics, open_test=lambda: test_source, files=files)
+    # CUB's folders are named after its classes, those of iNaturalist are numbers.
+    folders = {entry.number: entry.name.split("/", 1)[0] for entry in train} if name == "cub200" else {}
+    return Dataset(
+        train_source,
+        num_classes,
+        *STATISTICS[MODES[in_chans]],
+        open_test=lambda: test_source,
+        files=files,
+        class_names=tuple(folders[number] for number in sorted(folders)) or None,
+    )
 
 
 def _locate(layout: Layout, root: Path) -> dict[str, Path]:

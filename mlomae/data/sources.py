@@ -130,8 +130,9 @@ def _open_folder(path: Path, in_chans: int) -> Dataset:
     train = FilesSource(root, names, class_labels(root, names, classes, partial=True))
     num_classes = None if classes is None else len(classes)
     statistics = STATISTICS[MODES[in_chans]]
+    class_names = None if classes is None else tuple(classes)
     if test_root is None:
-        return Dataset(train, num_classes, *statistics)
+        return Dataset(train, num_classes, *statistics, class_names=class_names)
     test_names = list_images(test_root)
     test = FilesSource(test_root, test_names, class_labels(test_root, test_names, classes))
     return Dataset(
@@ -140,6 +141,7 @@ def _open_folder(path: Path, in_chans: int) -> Dataset:
         *statistics,
         open_test=lambda: test,
         files=(PartFiles(root, names), PartFiles(test_root, test_names)),
+        class_names=class_names,
     )
 
 

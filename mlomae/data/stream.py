@@ -33,11 +33,12 @@ class Stream:
         seed: of the run.
         kind: augmentation.
         workers: loader processes.
-        rank, world_size: this process among those that share a batch.
+        rank: of this process among those that share a batch.
+        world_size: their number.
         device: of the batches.
         ledger: receives the bad samples.
         buffer: samples in memory to be shuffled, where shards are read front to back; None reads in random
-        order.
+            order.
 
     Raises:
         UserError: the batch exceeds the set or does not divide over the ranks.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,15 @@ import torch
 from mlomae.config import load_config
 from mlomae.data.dataset import STATISTICS, Source
 from mlomae.data.decoding import MODES
-from mlomae.data.folder import UNLABELLED
 from mlomae.data.ledger import FaultLedger
 from mlomae.data.shards.source import ShardSource
 from mlomae.data.sources import open_account, open_dataset
 from mlomae.data.splits import make_splits
 from mlomae.data.subset import Subset
-from mlomae.data.urls import local_path
 from mlomae.errors import UserError
 from mlomae.interop.pretrained import Pretrained
 from mlomae.interop.runs import CONFIG, run_of
 from mlomae.sections import ImagesConfig
-
-# Data sets whose keys begin with the folder of a class.
-_CLASS_FOLDERS = ("folder", "cub200")
 
 
 def with_data_of_run(values: Any) -> Any:
@@ -111,22 +104,8 @@ class LabelledImages:
         return self._subset(source, indices, size)
 
     def class_names(self) -> tuple[str, ...]:
-        """Of all classes: those of the class folders or of classes.json, else numbers."""
-        known = self._known_names()
-        return tuple(known.get(number, str(number)) for number in range(self.num_classes))
-
-    def _known_names(self) -> Mapping[int, str]:
-        train, data = self._dataset.train, self._data
-        if data.dataset in _CLASS_FOLDERS:
-            assert train.labels is not None
-            folders = [key.split("/", 1)[0] for key in train.keys]
-            pairs = zip(train.labels.tolist(), folders, strict=True)
-            return {number: name for number, name in pairs if name not in UNLABELLED}
-        if isinstance(train, ShardSource):
-            listing = local_path(train.index.shards[0].url).with_name("classes.json")
-            if listing.is_file():
-                return {number: str(name) for number, name in enumerate(json.loads(listing.read_text()))}
-        return {}
+        """Of all classes; numbers where they have no names."""
+        return self._dataset.class_names or tuple(map(str, range(self.num_classes)))
 
     def _subset(self, source: Source, indices: torch.Tensor, size: tuple[int, int]) -> Subset:
         return Subset(source, indices, size, self._pretrained.mean, self._pretrained.std)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from mlomae.errors import UserError
 from mlomae.report.lines import read_lines
@@ -140,16 +142,13 @@ def read_latest(run: Path) -> Latest | None:
     path = run / LATEST
     if not path.exists():
         return None
-    # Imported late: it brings torch, and most of a report needs none.
-    from mlomae.tensor_file import read_tensors
-
-    found = read_tensors(path)
-    assert found is not None
-    tensors, state = found
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    # Not with mlomae.tensor_file: torch alone takes longer to import than a report to write.
     try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            state = json.loads((file.metadata() or {})["state"])
         return _latest(arrays, state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {_reason(error)}") from None
 
 

@@ -47,6 +47,7 @@ def test_a_table_with_everything(tmp_path: Path, open_table: OpenTable) -> None:
     )
     assert list(dataset.train.keys) == ["./deep//a.png", "b, c.png"]
     assert labels_of(dataset.train) == [1, 0] and dataset.num_classes == 2
+    assert dataset.class_names == ("cat", "dog")
     assert [dataset.train.content(index) for index in range(2)] == [b"\0", b"\1"]
     assert dataset.train.stack is None and len(dataset.train) == 2
     assert dataset.open_test is not None

@@ -50,7 +50,8 @@ def test_samples_have_keys_labels_and_pixels(
 def test_class_names_count_the_classes(tmp_path: Path, fill_shard: Callable[..., None]) -> None:
     fill_shard(tmp_path / "train-0.tar", 4)
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
-    assert open_shards(tmp_path).num_classes == 3
+    dataset = open_shards(tmp_path)
+    assert dataset.num_classes == 3 and dataset.class_names == ("a", "b", "c")
 
 
 def test_shards_without_labels(

@@ -17,6 +17,7 @@ from mlomae.cli import main
 from mlomae.data.loader import LevelLoaders
 from mlomae.data.subset import Loaded, Subset
 from mlomae.errors import UserError
+from mlomae.report.pictures import read_latest
 from mlomae.trainer import Trainer
 from tests.integration.tiny import read_metrics, tiny_config, train, without_pictures, write_recipe
 
@@ -40,6 +41,9 @@ def test_a_folder_of_classes(fill_images: Callable[..., Path], tmp_path: Path) -
     assert all(0 <= result[name] <= 1 for name in ACCURACIES)
     with Image.open(tmp_path / "run" / "mask.png") as picture:
         assert picture.width > 100
+    latest = read_latest(tmp_path / "run")
+    assert latest is not None and latest.classes is not None
+    assert latest.classes.names == ["class0", "class1"]
 
 
 def test_a_folder_without_labels_needs_no_upper_levels(

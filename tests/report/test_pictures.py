@@ -128,5 +128,5 @@ def test_damaged_latest_picture_is_named(run: Path, change: Callable[[Tensors], 
 
 def test_file_that_is_no_safetensors_is_named(run: Path) -> None:
     (run / LATEST).write_bytes(b"PK\x03\x04")
-    with pytest.raises(UserError, match=r"pictures\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"pictures\.safetensors is damaged: "):
         read_latest(run)

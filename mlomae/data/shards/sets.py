@@ -41,10 +41,11 @@ def open_shards(data: ImagesConfig, in_chans: int) -> Dataset:
     train = ShardSource(index)
     if not len(train):
         raise UserError(f"data.path: no samples in {data.path}; expected images")
-    num_classes = None if train.labels is None else _count_classes(index, train.labels)
+    class_names = None if train.labels is None else _class_names(index, train.labels)
+    num_classes = None if train.labels is None else len(class_names or range(int(train.labels.max()) + 1))
     statistics = STATISTICS[MODES[in_chans]]
     if test_where is None:
-        return Dataset(train, num_classes, *statistics)
+        return Dataset(train, num_classes, *statistics, class_names=class_names)
 
     def open_test() -> Source:
         test = ShardSource(open_index(test_where))
@@ -62,7 +63,7 @@ def open_shards(data: ImagesConfig, in_chans: int) -> Dataset:
 
     parts = _files(where), _files(test_where)
     files = None if parts[0] is None or parts[1] is None else (parts[0], parts[1])
-    return Dataset(train, num_classes, *statistics, open_test=open_test, files=files)
+    return Dataset(train, num_classes, *statistics, open_test=open_test, files=files, class_names=class_names)
 
 
 def _locate(data: ImagesConfig) -> tuple[Place, Place | None]:
@@ -217,14 +218,14 @@ def _verify_counts(index: ShardIndex, counts: dict[str, int]) -> None:
             )
 
 
-def _count_classes(index: ShardIndex, labels: Tensor) -> int:
+def _class_names(index: ShardIndex, labels: Tensor) -> tuple[str, ...] | None:
     first = index.shards[0].url
     if index.classes is not None:
         _require_known(first, labels, len(index.classes))
-        return len(index.classes)
+        return tuple(index.classes)
     listing = Path() if is_remote(first) else local_path(first).with_name("classes.json")
     if not listing.is_file():
-        return int(labels.max()) + 1
+        return None
     try:
         classes = json.loads(fetch(str(listing)))
     except ValueError:
@@ -232,7 +233,7 @@ def _count_classes(index: ShardIndex, labels: Tensor) -> int:
     if not isinstance(classes, list) or not classes:
         raise UserError(f"{listing}: not a JSON list of class names; correct or remove it")
     _require_known(str(listing.parent), labels, len(classes))
-    return len(classes)
+    return tuple(map(str, classes))
 
 
 def _require_known(where: str, labels: Tensor, num_classes: int) -> None:
