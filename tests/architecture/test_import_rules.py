@@ -35,12 +35,14 @@ def _any_of(*packages: str) -> Callable[[str], bool]:
         ("webdataset", ("mlomae/data/",)),
         ("triton", ("kernels/mlomae_kernels/dispatch.py", "kernels/mlomae_kernels/triton_ops/")),
         ("simplejpeg", ("mlomae/data/decoding.py",)),
-        ("tensorboard", ("mlomae/metrics.py",)),
+        ("tensorboard", ("mlomae/loggers.py",)),
         ("pycocotools", ("mlomae/downstream/average_precision.py",)),
         ("onnxruntime", ("mlomae/interop/traced.py",)),
         ("transformers", ()),
         ("pynvml", ("mlomae/nvml.py",)),
-        ("torch.utils.tensorboard", ("mlomae/metrics.py",)),
+        ("torch.utils.tensorboard", ("mlomae/loggers.py",)),
+        ("wandb", ("mlomae/loggers.py",)),
+        ("mlflow", ("mlomae/loggers.py",)),
     ],
 )
 def test_third_party_package_has_one_home(package: str, home: tuple[str, ...]) -> None:

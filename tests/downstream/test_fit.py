@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,7 @@ from mlomae.downstream.sections import OptimConfig, TrainedTaskConfig
 from mlomae.errors import Preempted, UserError
 from mlomae.mlo.schedule import warmup_cosine
 from mlomae.preemption import Preemption
+from mlomae.progress import Show
 from mlomae.random import stream_seed
 from mlomae.run_dir import RunDir
 
@@ -85,7 +86,7 @@ class Points:
     encoder_prefix = "0."
     steps_per_epoch = 4
     digest = "points"
-    show: Mapping[str, str] = MappingProxyType({"loss": "loss {:.4f}"})
+    show: Show = MappingProxyType({"loss": {"loss": "loss {:.4f}".format}})
 
     def __init__(
         self, kill_at: int | None = None, stop_at: int | None = None, bad_at: int | None = None

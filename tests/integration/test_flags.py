@@ -71,6 +71,8 @@ EFFECTS: dict[str, Effect] = {
     "levels": on_training(2),
     "run_dir": on("folder", None),
     "device": on("device", "cuda"),
+    "display": on("screen", "quiet"),  # tests/run/test_metrics.py
+    "loggers": on("folders", ()),  # tests/run/test_loggers.py
     "log_every": on("lines", 3),
     "checkpoint_every": on("checkpoints", 3),
     "picture_every": on("pictures", 3),
@@ -130,8 +132,7 @@ EFFECTS: dict[str, Effect] = {
     "eval.batch_size": on("evaluation batches", 100),
     "eval.knn_k": on("accuracy", 300),
     "eval.pixels": on("result", True),
-    # These two: tests/failure.
-    "failure.lost_after": on("lost ranks", 5.0),
+    "failure.lost_after": on("lost ranks", 5.0),  # this and the next: tests/failure
     "failure.stuck_after": on("stuck ranks", 5.0),
 }
 
@@ -139,11 +140,11 @@ EFFECTS: dict[str, Effect] = {
 class Observed(TrainOnly):
     """Counts pictures and loader processes as it trains."""
 
-    pictures = 0
+    drawn = 0
     workers = 0
 
     def _draw(self) -> None:
-        self.pictures += 1
+        self.drawn += 1
         Image.new("L", (1, 1)).save(self.run_dir.picture)
 
     def save(self) -> None:
@@ -162,7 +163,7 @@ def observe(folder: Path, fields: Fields) -> dict[str, Any]:
         "training": [{k: v for k, v in row.items() if not k.startswith("lr/")} for row in rows],
         "lines": [row["step"] for row in rows],
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
-        "pictures": trainer.pictures,
+        "pictures": trainer.drawn,
         "workers": trainer.workers,
     }
 
@@ -236,12 +237,11 @@ def test_workers_do_not_change_the_numbers(base: dict[str, Any], tmp_path: Path)
 
 def test_run_dir_receives_everything(tmp_path: Path) -> None:
     train(tiny_config({"run_dir": tmp_path / "some" / "where", "iterations": 1}))
-
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
     left = {path.name for path in (tmp_path / "some" / "where").iterdir()} - {".lock"}
-    assert left == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "mask.png", "encoder.safetensors",
-    }  # fmt: skip
+    pictures = {"mask.png", "pictures.jsonl", "pictures.safetensors"}
+    own = {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "encoder.safetensors"}
+    assert left == {*own, *pictures, "tensorboard"}
 
 
 def test_device_is_honoured() -> None:
