@@ -35,8 +35,11 @@ class Encoder(nn.Module):
         img_size: (height, width) of the images it takes.
         num_features: F, numbers per image.
         pool: cls, mean or cls+mean: how features are made of the tokens.
-        mean, std: per channel, of values in [0, 1]: what ``preprocess`` normalises with.
-        arch, patch_size, in_chans: of the architecture.
+        mean: per channel, of values in [0, 1]: what ``preprocess`` normalises with.
+        std: the same.
+        arch: name of the architecture, such as vit_base.
+        patch_size: side of a patch.
+        in_chans: C, 3 or 1.
     """
 
     def __init__(self, pretrained: Pretrained, img_size: tuple[int, int] | None = None) -> None:
@@ -120,7 +123,7 @@ def load_encoder(path: str | Path, img_size: int | tuple[int, int] | None = None
     """A pretrained encoder in evaluation mode, from a run or from weights of another library.
 
     Args:
-        path: whatever ``mlomae.interop.reading.read_pretrained`` reads (docs/interop.md).
+        path: a run, or weights of another library (docs/interop.md).
         img_size: side, or (height, width), of other images than pretraining had; positions are interpolated.
 
     Raises:

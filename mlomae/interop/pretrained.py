@@ -24,7 +24,8 @@ class Pretrained:
         patch_size: side of a patch.
         in_chans: channels of an image.
         pool: cls, mean or cls+mean: how features are made of the tokens.
-        mean, std: per channel, of values in [0, 1]: how images are normalised.
+        mean: per channel, of values in [0, 1]: how images are normalised.
+        std: the same.
         encoder: by timm's names, float32, without a classifier.
         decoder: by the names of ``mlomae.models.mae.Decoder``, float32; None where there is none.
         decoder_heads: attention heads of the decoder, which its weights do not tell; None without one.
