@@ -46,6 +46,7 @@ class Telemetry:
         flops_per_iteration: of all ranks, see ``mlomae.flops``.
         device: of this rank.
         peaks: FLOP/s of the device, by the name of the figure that is its share (``mlomae.peaks.peaks_of``).
+            That of ``mfu``, which was measured, rises to what the run reaches.
         world_size: number of ranks.
         sensors: of the GPU, if there are any.
         clock: in seconds.
@@ -116,6 +117,9 @@ class Telemetry:
             flops = rate * self.flops_per_iteration / self.world_size
             figures["images_per_second"] = rate * self.images_per_iteration
             figures["flops_per_second"] = flops
+            if "mfu" in self.peaks:
+                # Whoever used the device while its peak was measured has lowered it.
+                self.peaks["mfu"] = max(self.peaks["mfu"], flops)
             figures |= {name: flops / peak for name, peak in self.peaks.items()}
             figures["data_wait"] = self._waited / self._seconds
         figures["memory/peak_bytes"] = _peak_bytes(self.device)

@@ -55,6 +55,16 @@ def test_figures_are_means_since_the_last_read(clock: Clock) -> None:
     assert telemetry.read()["images_per_second"] == pytest.approx(IMAGES / 0.1)
 
 
+def test_measured_peak_is_what_was_reached_at_most(clock: Clock) -> None:
+    telemetry = Telemetry(IMAGES, FLOPS, CPU, {"mfu": 1e10, "mfu_data_sheet": 1e10}, clock=clock)
+    shares = []
+    for seconds in (0.4, 1.6):
+        telemetry.iterated(seconds)
+        shares.append(telemetry.read())
+    assert [figures["mfu"] for figures in shares] == pytest.approx([1.0, 0.25])
+    assert [figures["mfu_data_sheet"] for figures in shares] == pytest.approx([2.0, 0.5])
+
+
 def test_what_is_unknown_is_absent(clock: Clock) -> None:
     telemetry = Telemetry(IMAGES, FLOPS, CPU, {}, clock=clock)
     assert set(telemetry.read()) == {"memory/peak_bytes"}
