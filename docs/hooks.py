@@ -31,6 +31,7 @@ PUBLISHED = (
     "benchmarks/ratios.json",
     "benchmarks/results/*.json",
     "ds_configs/README.md",
+    "examples/*.ipynb",
     "recipes/**/*.yaml",
     "tests/ops/resources.json",
 )
