@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 from tests.architecture.source_tree import ROOT
 
@@ -50,6 +51,9 @@ class Command:
         return f"{self.block.page}:{self.line}"
 
 
+Shown = TypeVar("Shown", Block, Command)
+
+
 def pages() -> list[str]:
     """The documents, relative to the root."""
     found = [*ROOT.glob("*.md"), *(path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.md"))]
@@ -83,6 +87,14 @@ def commands(page: str) -> list[Command]:
 
 def python_blocks() -> list[Block]:
     return [block for page in pages() for block in blocks(page) if block.language == "python"]
+
+
+def different(found: Iterable[Shown]) -> list[Shown]:
+    """Without those that an earlier page has shown."""
+    first: dict[str, Shown] = {}
+    for one in found:
+        first.setdefault(one.text, one)
+    return list(first.values())
 
 
 def _split(block: Block) -> Iterator[Command]:

@@ -16,9 +16,9 @@ from tests.docs.rules import Parsed, Scaled, concrete, rule_of
 from tests.docs.stock import Stock
 from tests.docs.workplace import Workplace
 
-# Runs and pictures that a command reads; where it writes is named by an option.
-_READ = re.compile(r"(?<!--run-dir )(?<!--work-dir )(?<!--out )\b(?P<path>runs/[\w*-]+|[\w/-]+\.(png|jpg))")
-_WRITES_PICTURES = re.compile(r"--(plot|out|picture) \S+\.(png|jpg)")
+# Where commands and blocks of Python write, and the other runs and pictures in them, which they read.
+_WRITTEN = re.compile(r"""(--(run-dir|work-dir|out|plot) |"run_dir": ")\S+""")
+_READ = re.compile(r"\bruns/[\w*-]+|\b[\w/-]+\.(png|jpg)")
 
 
 class Execution:
@@ -82,10 +82,7 @@ class Execution:
         """Puts what a command reads where it reads it, unless an earlier command has left it there."""
         for path, name in given.items():
             self.stock.give(name, folder / path)
-        for found in _READ.finditer(_WRITES_PICTURES.sub("", text)):
-            path = found["path"].replace("*", "0")
-            if "/" in path and path.startswith("runs/"):
-                name = "digits-run" if "digits" in path else "colour-run"
-            else:
-                name = "picture"
-            self.stock.give(name, folder / path)
+        for found in _READ.finditer(_WRITTEN.sub("", text)):
+            path = found[0].replace("*", "0")
+            run = "digits-run" if "digits" in path else "colour-run"
+            self.stock.give("picture" if found[1] else run, folder / path)

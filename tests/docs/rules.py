@@ -173,11 +173,12 @@ RULES: tuple[Rule, ...] = (
     Rule(pattern=r"mlomae doctor.*", codes=(EXIT_OK, EXIT_PROBLEMS), slow=True),
     Rule(pattern=r"mlomae recipes\b.*"),
     Rule(pattern=r"mkdir -p \S+"),
+    Rule(pattern=r"(\.venv/bin/)?mkdocs build", needs="mkdocs", slow=True),
     Rule(pattern=r"mlomae completion (bash|zsh|fish) > \S+"),
     # Tests and benchmarks.
     Scaled(
         pattern=r"(\.venv/bin/)?pytest .*benchmarks.*", more=_COLLECT,
-        instead={r"\bFILE\b": "benchmarks/ratios.json"},
+        instead={r"--json FILE": "--json measured.json", r"\bFILE\b": "benchmarks/ratios.json"},
     ),
     Scaled(pattern=r"(\.venv/bin/)?pytest\b.*", more=f"{_COLLECT} tests/architecture"),
     Parsed(pattern=r"python benchmarks/gpu\.py.*", parse=parsers.gpu, why="needs a GPU, or minutes"),

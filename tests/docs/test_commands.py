@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.docs.commands import Command, commands, pages, shown_elsewhere
+from tests.docs.commands import Command, commands, different, pages, shown_elsewhere
 from tests.docs.execution import Execution
 from tests.docs.rules import RULES, Rule, find_rule, rule_of
 
 TUTORIAL = "docs/tutorial.md"
 COMMANDS = [command for page in pages() if page != TUTORIAL for command in commands(page)]
-# Several pages show the same command: the first one's is executed.
-DIFFERENT = list({command.text: command for command in reversed(COMMANDS)}.values())[::-1]
+DIFFERENT = different(COMMANDS)
 PROGRAMS = ("mlomae", "python", "python3", "pip", "pytest", "torchrun", "deepspeed", "sbatch", "mkdocs")
 
 

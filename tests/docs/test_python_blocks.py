@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.docs.commands import Block, python_blocks
+from tests.docs.commands import Block, different, python_blocks
 from tests.docs.execution import Execution
 
 TUTORIAL = "docs/tutorial.md"
 BENCHMARKS = "benchmarks/README.md"
-# The first of several that are the same.
-BLOCKS = list({block.text: block for block in reversed(python_blocks()) if block.page != TUTORIAL}.values())
+BLOCKS = different(block for block in python_blocks() if block.page != TUTORIAL)
 # What the benchmark that is shown measures.
 MEASURED = """\
 import torch

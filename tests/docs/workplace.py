@@ -21,9 +21,11 @@ from tests.architecture.source_tree import ROOT
 
 # Seconds for one command, on a busy machine too.
 PATIENCE = 600.0
-_CLONE = ("*.md", "train.py", "setup.py", "pyproject.toml", "requirements.txt", ".ci", "benchmarks", "docs",
-          "ds_configs", "examples", "mlomae", "recipes", "slurm", "tests")  # fmt: skip
-_LITTER = shutil.ignore_patterns("__pycache__", "results", "*.ipynb")
+_CLONE = (
+    "*.md", "*.py", "LICENSE", "mkdocs.yml", "pyproject.toml", "requirements.txt", ".ci", "benchmarks",
+    "docs", "ds_configs", "examples", "kernels", "mlomae", "recipes", "slurm", "tests",
+)  # fmt: skip
+_LITTER = shutil.ignore_patterns("__pycache__", "*.so")
 # Of the launchers' and of pytest's own processes.
 _NOT_INHERITED = re.compile(r"RANK|WORLD_SIZE|PYTEST_.*|COLUMNS|MLOMAE_.*")
 _IMPORTED = re.compile(
