@@ -176,6 +176,7 @@ setup(
             "playwright",
             *DOCS,
             "nbclient",
+            "nbformat",
             "ipykernel",
         ],
         "flash": ["flash-attn"],
