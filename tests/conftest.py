@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch or a hub client is imported: no test may reach the network.
@@ -14,6 +15,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+
+# Shells start background jobs with SIGINT ignored, and the tests of Ctrl-C send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton's kernels run in its interpreter where there is no GPU. Read when a kernel is defined.
 if not torch.cuda.is_available():
