@@ -39,13 +39,19 @@ class Context:
 
 def bash(contexts: Sequence[Context], recipes: Iterable[str]) -> str:
     return _BASH.format(
-        tables=_tables(contexts), nested=_pattern(_nested(contexts)), recipes=" ".join(recipes)
+        choose=_CHOOSE,
+        tables=_tables(contexts),
+        nested=_pattern(_nested(contexts)),
+        recipes=" ".join(recipes),
     )
 
 
 def zsh(contexts: Sequence[Context], recipes: Iterable[str]) -> str:
     return _ZSH.format(
-        tables=_tables(contexts), nested=_pattern(_nested(contexts)), recipes=" ".join(recipes)
+        choose=_CHOOSE,
+        tables=_tables(contexts),
+        nested=_pattern(_nested(contexts)),
+        recipes=" ".join(recipes),
     )
 
 
@@ -128,6 +134,17 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+# What bash and zsh complete at the cursor, in the words that both have.
+_CHOOSE = """\
+    if [[ $before == --* && " $switches " != *" $before "* ]]; then
+        candidates=$values
+    elif [[ $word == -* || -z $operands ]]; then
+        candidates=$flags
+    else
+        candidates=$operands
+    fi
+"""
+
 _BASH = """\
 # Completion of mlomae for bash, printed by `mlomae completion bash`.
 
@@ -148,13 +165,7 @@ _mlomae() {{
         esac
     fi
 {tables}
-    if [[ $before == --* && " $switches " != *" $before "* ]]; then
-        candidates=$values
-    elif [[ $word == -* || -z $operands ]]; then
-        candidates=$flags
-    else
-        candidates=$operands
-    fi
+{choose}\
     case $candidates in
     @*) compopt -o filenames 2>/dev/null ;;
     esac
@@ -193,13 +204,7 @@ _mlomae() {{
         esac
     fi
 {tables}
-    if [[ $before == --* && " $switches " != *" $before "* ]]; then
-        candidates=$values
-    elif [[ $word == -* || -z $operands ]]; then
-        candidates=$flags
-    else
-        candidates=$operands
-    fi
+{choose}\
     case $candidates in
     @file) _files ;;
     @folder) _files -/ ;;

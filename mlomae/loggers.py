@@ -95,7 +95,7 @@ class _Wandb:
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
         import wandb
 
-        known = _known_id(folder, "wandb")
+        known = _ids(folder).get("wandb")
         self._image = wandb.Image
         self._run = wandb.init(
             dir=folder,
@@ -128,7 +128,7 @@ class _MLflow:
         from mlflow.entities import Metric, Param
 
         self._client, self._metric = MlflowClient(), Metric
-        known = _known_id(folder, "mlflow")
+        known = _ids(folder).get("mlflow")
         if known is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _NAME)
             found = self._client.get_experiment_by_name(name)
@@ -211,10 +211,6 @@ def _ids(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     return dict(found)
-
-
-def _known_id(folder: Path, name: str) -> str | None:
-    return _ids(folder).get(name)
 
 
 def _keep_id(folder: Path, name: str, value: str) -> None:
