@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+
+# torch.compile imports it, which fails from then on if anything looked for pip before (Python 3.11).
+import setuptools  # noqa: F401
 import torch
 from hypothesis import settings
 
