@@ -40,6 +40,9 @@ GROUPS = {
     "train": {
         "train": Command("mlomae.train_command", "pretrain and evaluate one run, or resume it"),
     },
+    "compare": {
+        "study": Command("mlomae.study.command", "arms, seeds and budgets compared: runs, results, a report"),
+    },
     "look at runs": {
         "report": Command("mlomae.report.command", "one HTML page about one or several runs"),
         "visualize": Command("mlomae.visualize_command", "what the mask removes of your own images"),

@@ -46,6 +46,9 @@ def _is_union_tag(part: int | str) -> bool:
 def _fields_of_section(root: type[BaseModel], names: list[str]) -> list[str]:
     section: Any = root
     for name in names:
+        if get_origin(section) is dict:  # of sections by name
+            section = get_args(section)[1]
+            continue
         annotation = section.model_fields[name].annotation
         if get_origin(annotation) in (Union, UnionType):
             annotation = get_args(annotation)[0]

@@ -62,9 +62,13 @@ def main(argv: Sequence[str]) -> int:
     shared += rest
     runs = _runs(known.sweep, shared)
     job = _job(known, shared, runs)
+    folders: set[Path] = set()
     for where, arguments in runs.items():
         try:
-            _check(arguments, job.ranks, known.gpus_per_node)
+            folder = _check(arguments, job.ranks, known.gpus_per_node)
+            if folder in folders:
+                raise UserError(f"run_dir {folder}: another line has it too; give each run its own")
+            folders.add(folder)
         except UserError as error:
             raise UserError(f"{where}{error}") from None
     if known.dry_run:
@@ -92,7 +96,7 @@ def read_sweep(path: Path) -> list[list[str]]:
     """The arguments of each run of a sweep, as ``slurm/sweep.sbatch`` reads them.
 
     Raises:
-        UserError: the file cannot be read, holds no run, or a line has an open quote or a run directory.
+        UserError: the file cannot be read, holds no run, or a line has an open quote.
     """
     try:
         lines = path.read_text().splitlines()
@@ -108,10 +112,6 @@ def read_sweep(path: Path) -> list[list[str]]:
             words = shlex.split(line)
         except ValueError as error:
             raise UserError(f"--sweep {path}: {line!r}: {str(error).lower()}") from None
-        if any(re.match(r"--run[-_]dir\b", word) for word in words):
-            raise UserError(
-                f"--sweep {path}: {line!r} names a run directory; each run gets one by its number"
-            )
         sweep.append(words)
     if not sweep:
         raise UserError(f"--sweep {path}: holds no run; write the overrides of one run on each line")
@@ -123,8 +123,9 @@ def _runs(sweep: Path | None, shared: Sequence[str]) -> dict[str, list[str]]:
     if sweep is None:
         return {"": list(shared)}
     parent = parse(shared)[0].run_dir
+    # As in the job script: the folder that a line names itself wins over the one of its number.
     return {
-        f"--sweep {sweep}, run {number}: ": [*shared, *words, "--run-dir", str(parent / str(number))]
+        f"--sweep {sweep}, run {number}: ": [*shared, "--run-dir", str(parent / str(number)), *words]
         for number, words in enumerate(read_sweep(sweep), start=1)
     }
 
@@ -152,8 +153,8 @@ def _job(known: argparse.Namespace, shared: Sequence[str], runs: dict[str, list[
     return Job(script, options, arguments, known.nodes * tasks)
 
 
-def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> None:
-    """Whatever would end the run in its first minute and can be seen from here."""
+def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> Path:
+    """Whatever would end the run in its first minute and can be seen from here; returns its folder."""
     from mlomae.run_dir import RunDir, Status
 
     config, ds_path = parse(arguments)
@@ -173,6 +174,7 @@ def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> None:
         raise UserError(f"pretrain.micro_batches: {parts} does not divide a rank's batch of {share} images")
     if RunDir(config.run_dir, config).claim(primary=False) is Status.COMPLETE:
         raise UserError(f"run_dir {config.run_dir}: is complete already; see its result.json")
+    return config.run_dir
 
 
 def _sbatch(command: Sequence[str]) -> str:
@@ -224,7 +226,7 @@ def _parser() -> Parser:
     parser.add_argument("--job-name", metavar="NAME", help="also begins the name of the log")
     parser.add_argument(
         "--sweep", type=Path, metavar="FILE",
-        help="one run for each line of overrides, in run directories 1, 2, … below run_dir",
+        help="one run for each line of overrides, in run directories 1, 2, … below run_dir, or in the line's own",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the command and the script only")
     return parser

@@ -123,8 +123,8 @@ def test_tasks_of_an_array_are_requeued_on_their_own(
     shared = f"<--config><{tmp_path / 'tiny.yaml'}>"
     lines = [line for line in log(tmp_path).splitlines() if line.startswith("<")]
     assert sorted(lines) == [
-        f"{shared}<--seed><1><--run-dir><runs{os.sep}1>",
-        f"{shared}<--seed><2><--masking.hidden><4 ><--run-dir><runs{os.sep}2>",
+        f"{shared}<--run-dir><runs{os.sep}1><--seed><1>",
+        f"{shared}<--run-dir><runs{os.sep}2><--seed><2><--masking.hidden><4 >",
     ]
 
 

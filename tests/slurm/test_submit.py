@@ -139,7 +139,7 @@ def test_recipe_is_given_once(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ("--seed x", "run 1: seed: "),
         ("--pretrain.batch_size 9", "run 1: pretrain.batch_size: 9 is not divisible by the 2 ranks"),
-        ("--run-dir elsewhere", "'--run-dir elsewhere' names a run directory"),
+        ("--run-dir same\n--seed 1 --run-dir same", "run 2: run_dir same: another line has it too"),
         ("--seed '1", '"--seed \'1": no closing quotation'),
         ("# nothing", "holds no run"),
     ],

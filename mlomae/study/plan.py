@@ -1,0 +1,255 @@
+"""A study file, and the runs that it asks for.
+
+A study compares *arms*: settings of the same recipe, each with all seeds and under every budget. An arm that
+is compared names another one, its baseline. ``steps`` is what the baseline gets; under the budget *steps* an
+arm takes as many pretrain steps, under *flops* as many as its model FLOPs (``mlomae.flops``) buy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from mlomae.arguments import did_you_mean
+from mlomae.config import Config, flatten, load_config
+from mlomae.config_errors import describe
+from mlomae.errors import UserError
+from mlomae.flops import iteration_flops
+from mlomae.recipes import find_recipe
+from mlomae.sections import Positive, Section
+
+Budget = Literal["steps", "flops"]
+Task = Literal["knn", "linear", "finetune", "segment", "detect"]
+Settings = dict[str, Any]
+
+# What the study itself decides for each of its runs.
+_OWNED = ("seed", "iterations", "run_dir")
+
+
+class Arm(Section):
+    """One way to pretrain."""
+
+    set: Settings = Field({}, description="fields, dotted or nested, on top of the study's")
+    against: str | None = Field(None, description="the arm that it is compared with")
+    start_from: str | None = Field(None, description="the arm whose encoder of the same seed it starts from")
+    steps: Positive | None = Field(None, description="instead of the study's; a baseline's only")
+    budgets: tuple[Budget, ...] | None = Field(None, description="instead of the study's")
+    seeds: tuple[int, ...] | None = Field(None, description="instead of the study's")
+
+
+class Evaluation(Section):
+    """One evaluation of every encoder, beside those at the end of a run."""
+
+    config: Path | None = Field(None, description="recipe of `mlomae eval`")
+    set: Settings = Field({}, description="fields, dotted or nested, on top of the recipe")
+
+    def words(self, task: str, run: Path) -> list[str]:
+        """The command after ``mlomae``.
+
+        Raises:
+            UserError: there is no such recipe.
+        """
+        recipe = [] if self.config is None else ["--config", str(find_recipe(self.config))]
+        fields = [word for field, value in in_yaml(self.set).items() for word in (f"--{field}", value)]
+        return ["eval", task, str(run), "--out", str(self.folder(task, run)), *recipe, *fields]
+
+    def folder(self, task: str, run: Path) -> Path:
+        """Of the results; another one for other settings.
+
+        Raises:
+            UserError: there is no such recipe, or it cannot be read.
+        """
+        recipe = None
+        if self.config is not None:
+            try:
+                recipe = find_recipe(self.config).read_text()
+            except OSError as error:
+                raise UserError(
+                    f"evaluate.{task}.config: {self.config} cannot be read ({error.strerror})"
+                ) from None
+        digest = hashlib.sha256(json.dumps([recipe, in_yaml(self.set)]).encode()).hexdigest()
+        return run / "eval" / f"{task}-{digest[:8]}"
+
+
+class Study(Section):
+    """A study file."""
+
+    recipe: Path = Field(Path("digits"), description="of all runs: a file, or the name of a recipe")
+    set: Settings = Field({}, description="fields of the configuration, for all arms")
+    steps: Positive = Field(1000, description="pretrain steps of a baseline")
+    budgets: tuple[Budget, ...] = Field(("flops",), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    arms: dict[str, Arm] = Field({"random": Arm()}, min_length=1)
+    evaluate: dict[Task, Evaluation] = Field({}, description="evaluations of every encoder")
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        for name, arm in self.arms.items():
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"arms.{name}: names are folders; use letters, digits, - and _ only")
+            for field in ("against", "start_from"):
+                other = getattr(arm, field)
+                if other is None:
+                    continue
+                if other not in self.arms or other == name:
+                    raise ValueError(
+                        f"arms.{name}.{field}: {other!r} is no other arm; {did_you_mean(other, self.arms)}"
+                    )
+            if arm.against is not None and self.arms[arm.against].against is not None:
+                raise ValueError(
+                    f"arms.{name}.against: {arm.against} is compared with another arm itself; "
+                    "name one that is not"
+                )
+            if arm.start_from is not None and self.arms[arm.start_from].start_from is not None:
+                raise ValueError(f"arms.{name}.start_from: {arm.start_from} starts from another arm itself")
+            if arm.steps is not None and arm.against is not None:
+                raise ValueError(f"arms.{name}.steps: belongs to its baseline, {arm.against}")
+            for other in filter(None, (arm.against, arm.start_from)):
+                if missing := self.seeds_of(name) - self.seeds_of(other):
+                    raise ValueError(f"arms.{name}.seeds: {other} has no runs of {sorted(missing)}")
+        return self
+
+    def seeds_of(self, arm: str) -> frozenset[int]:
+        """The seeds of an arm's runs."""
+        own = self.arms[arm].seeds
+        return frozenset(self.seeds if own is None else own)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study.
+
+    Attributes:
+        budgets: under which it counts; arms with the FLOPs of their baseline share one run.
+        settings: dotted field → value in YAML syntax, on top of the recipe.
+        config: the resolved configuration.
+        flops: of its pretraining.
+        source: run whose encoder it starts from.
+    """
+
+    arm: str
+    seed: int
+    budgets: tuple[Budget, ...]
+    settings: dict[str, str]
+    config: Config
+    flops: float
+    source: Path | None
+
+    @property
+    def name(self) -> str:
+        """Of its folder, below that of the study's runs."""
+        return f"{self.arm}/{self.config.iterations}-seed{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """Of its folder."""
+        return self.config.run_dir
+
+    @property
+    def pretrain_steps(self) -> int:
+        return self.config.iterations * self.config.pretrain.unroll_steps
+
+
+def in_yaml(settings: Settings) -> dict[str, str]:
+    """Dotted field → value as it stands on a command line."""
+    # The first line: a scalar's document has an end mark after it.
+    return {
+        field: yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]
+        for field, value in flatten(settings).items()
+    }
+
+
+def load_study(path: Path) -> Study:
+    """Reads a study file.
+
+    Raises:
+        UserError: one line naming the file or field, what was found and what would be right.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"study {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"study {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("arms"), dict):
+        raise UserError(f"study {path}: expected a mapping with the field arms; see docs/studies.md")
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"study {path}: {describe(error, Study)}") from None
+
+
+def plan_runs(study: Study, runs: Path, estimator: str | None = None) -> list[PlannedRun]:
+    """All runs, seed after seed, so that what is done first can be compared first.
+
+    Args:
+        runs: the folder of their folders.
+        estimator: see ``iteration_flops``.
+
+    Raises:
+        UserError: a setting is wrong; or the budget of an arm does not buy one iteration.
+    """
+    planned: dict[str, PlannedRun] = {}
+    seeds = sorted({seed for name in study.arms for seed in study.seeds_of(name)})
+    # A run whose encoder others start from comes before them.
+    names = sorted(study.arms, key=lambda name: study.arms[name].start_from is not None)
+    for seed in seeds:
+        for name in (name for name in names if seed in study.seeds_of(name)):
+            for run in _runs_of(study, name, seed, runs, planned, estimator):
+                known = planned.get(run.name)
+                budgets = run.budgets if known is None else tuple(dict.fromkeys(known.budgets + run.budgets))
+                planned[run.name] = replace(run, budgets=budgets)
+    return list(planned.values())
+
+
+def _runs_of(
+    study: Study, name: str, seed: int, runs: Path, planned: Mapping[str, PlannedRun], estimator: str | None
+) -> Iterator[PlannedRun]:
+    arm, baseline = study.arms[name], study.arms[study.arms[name].against or name]
+    steps = baseline.steps or study.steps
+    source = None
+    if arm.start_from is not None:
+        source = next(run.path for run in planned.values() if (run.arm, run.seed) == (arm.start_from, seed))
+    own = _resolve(study, name, {}, source)
+    flops = sum(iteration_flops(own, estimator=estimator).values())
+    for budget in arm.budgets or study.budgets:
+        iterations = steps / own.pretrain.unroll_steps
+        if budget == "flops":
+            lower = _resolve(study, arm.against or name, {}, None)
+            spent = sum(iteration_flops(lower, estimator=estimator).values()) / lower.pretrain.unroll_steps
+            iterations = steps * spent / flops
+        whole = round(iterations)
+        if not whole:
+            raise UserError(
+                f"arms.{name}: {steps} steps of its baseline do not buy one outer iteration of it"
+            )
+        settings = {"seed": str(seed), "iterations": str(whole)}
+        folder = runs / f"{name}/{whole}-seed{seed}"
+        config = _resolve(study, name, settings | {"run_dir": str(folder)}, source)
+        words = _settings(study, name, source) | settings
+        yield PlannedRun(name, seed, (budget,), words, config, flops * whole, source)
+
+
+def _settings(study: Study, name: str, source: Path | None) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for where, settings in (("set", study.set), (f"arms.{name}.set", study.arms[name].set)):
+        found = in_yaml(settings)
+        for field in _OWNED:
+            if field in found:
+                raise UserError(f"{where}.{field}: the study decides it; leave it out")
+        given |= found
+    return given if source is None else given | {"model.weights": str(source)}
+
+
+def _resolve(study: Study, name: str, more: Mapping[str, str], source: Path | None) -> Config:
+    try:
+        return load_config(study.recipe, _settings(study, name, source) | dict(more))
+    except UserError as error:
+        raise UserError(f"arms.{name}: {error}") from None
