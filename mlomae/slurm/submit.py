@@ -226,7 +226,7 @@ def _parser() -> Parser:
     parser.add_argument("--job-name", metavar="NAME", help="also begins the name of the log")
     parser.add_argument(
         "--sweep", type=Path, metavar="FILE",
-        help="one run for each line of overrides, in run directories 1, 2, … below run_dir, or in the line's own",
+        help="one run for each line of overrides, in folders 1, 2, … below run_dir, or in the line's own",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the command and the script only")
     return parser
