@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from mlomae.arguments import did_you_mean
 from mlomae.config import Config, flatten, load_config
@@ -89,33 +90,6 @@ class Study(Section):
     arms: dict[str, Arm] = Field({"random": Arm()}, min_length=1)
     evaluate: dict[Task, Evaluation] = Field({}, description="evaluations of every encoder")
 
-    @model_validator(mode="after")
-    def _check(self) -> Study:
-        for name, arm in self.arms.items():
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"arms.{name}: names are folders; use letters, digits, - and _ only")
-            for field in ("against", "start_from"):
-                other = getattr(arm, field)
-                if other is None:
-                    continue
-                if other not in self.arms or other == name:
-                    raise ValueError(
-                        f"arms.{name}.{field}: {other!r} is no other arm; {did_you_mean(other, self.arms)}"
-                    )
-            if arm.against is not None and self.arms[arm.against].against is not None:
-                raise ValueError(
-                    f"arms.{name}.against: {arm.against} is compared with another arm itself; "
-                    "name one that is not"
-                )
-            if arm.start_from is not None and self.arms[arm.start_from].start_from is not None:
-                raise ValueError(f"arms.{name}.start_from: {arm.start_from} starts from another arm itself")
-            if arm.steps is not None and arm.against is not None:
-                raise ValueError(f"arms.{name}.steps: belongs to its baseline, {arm.against}")
-            for other in filter(None, (arm.against, arm.start_from)):
-                if missing := self.seeds_of(name) - self.seeds_of(other):
-                    raise ValueError(f"arms.{name}.seeds: {other} has no runs of {sorted(missing)}")
-        return self
-
     def seeds_of(self, arm: str) -> frozenset[int]:
         """The seeds of an arm's runs."""
         own = self.arms[arm].seeds
@@ -181,9 +155,41 @@ def load_study(path: Path) -> Study:
     if not isinstance(tree, dict) or not isinstance(tree.get("arms"), dict):
         raise UserError(f"study {path}: expected a mapping with the field arms; see docs/studies.md")
     try:
-        return Study.model_validate(tree)
+        study = Study.model_validate(tree)
+        _check(study)
     except ValidationError as error:
         raise UserError(f"study {path}: {describe(error, Study)}") from None
+    except UserError as error:
+        raise UserError(f"study {path}: {error}") from None
+    return study
+
+
+def _check(study: Study) -> None:
+    """Refuses names and settings that do not go together."""
+    _refuse_owned("set", study.set)
+    for name, arm in study.arms.items():
+        where = f"arms.{name}"
+        if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+            raise UserError(f"{where}: names become folders; use letters, digits, - and _ only")
+        for field, other in (("against", arm.against), ("start_from", arm.start_from)):
+            if other is None:
+                continue
+            if other not in study.arms or other == name:
+                near = did_you_mean(other, (known for known in study.arms if known != name))
+                raise UserError(f"{where}.{field}: {other!r} is no other arm; {near}")
+            if getattr(study.arms[other], field) is not None:
+                raise UserError(f"{where}.{field}: {other} has this field too; name an arm without it")
+            if missing := study.seeds_of(name) - study.seeds_of(other):
+                raise UserError(f"{where}.seeds: {other} has no runs of {sorted(missing)}")
+        if arm.steps is not None and arm.against is not None:
+            raise UserError(f"{where}.steps: belongs to its baseline, {arm.against}")
+        _refuse_owned(f"{where}.set", arm.set)
+
+
+def _refuse_owned(where: str, settings: Settings) -> None:
+    for field in _OWNED:
+        if field in flatten(settings):
+            raise UserError(f"{where}.{field}: the study decides it; leave it out")
 
 
 def plan_runs(study: Study, runs: Path, estimator: str | None = None) -> list[PlannedRun]:
@@ -227,9 +233,7 @@ def _runs_of(
             iterations = steps * spent / flops
         whole = round(iterations)
         if not whole:
-            raise UserError(
-                f"arms.{name}: {steps} steps of its baseline do not buy one outer iteration of it"
-            )
+            raise UserError(f"arms.{name}: {steps} steps of its baseline do not buy one outer iteration")
         settings = {"seed": str(seed), "iterations": str(whole)}
         folder = runs / f"{name}/{whole}-seed{seed}"
         config = _resolve(study, name, settings | {"run_dir": str(folder)}, source)
@@ -238,13 +242,7 @@ def _runs_of(
 
 
 def _settings(study: Study, name: str, source: Path | None) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for where, settings in (("set", study.set), (f"arms.{name}.set", study.arms[name].set)):
-        found = in_yaml(settings)
-        for field in _OWNED:
-            if field in found:
-                raise UserError(f"{where}.{field}: the study decides it; leave it out")
-        given |= found
+    given = in_yaml(study.set) | in_yaml(study.arms[name].set)
     return given if source is None else given | {"model.weights": str(source)}
 
 

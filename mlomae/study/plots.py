@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -53,9 +54,10 @@ def draw(results: Results, planned: Sequence[PlannedRun], out: Path) -> list[str
     ):
         if figure is not None:
             FigureCanvasAgg(figure)
-            # No date: the same results give the same file.
+            # The same results give the same file: names of parts without chance, no date.
             metadata = {"Date": None} if name.endswith("svg") else None
-            figure.savefig(out / name, metadata=metadata)
+            with rc_context({"svg.hashsalt": name}):
+                figure.savefig(out / name, metadata=metadata)
             names.append(name)
     return names
 
