@@ -6,15 +6,13 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlomae.arguments import EXIT_OK, EXIT_PROBLEMS, Parser, positive
 from mlomae.config import load_config
 from mlomae.errors import UserError
+from mlomae.run_dir import write_atomically
 from mlomae.study.plan import PlannedRun, Study, in_yaml, load_study, plan_runs
-
-if TYPE_CHECKING:
-    from mlomae.study.results import Results
+from mlomae.study.results import Results, done, gather, load_results
 
 RESULTS, REPORT, RUNS, SWEEP = "results.json", "report.md", "runs", "sweep.txt"
 
@@ -38,7 +36,7 @@ def main(words: Sequence[str]) -> int:
     if known.slurm:
         return _submit(study, planned, out, [*rest, *(["--dry-run"] if known.dry_run else [])])
     if known.dry_run:
-        return _show(planned)
+        return _show(study, planned, out)
     return _carry_out(study, planned, out, known.jobs or max(1, len(gpus)), gpus)
 
 
@@ -50,22 +48,30 @@ def _carry_out(study: Study, planned: Sequence[PlannedRun], out: Path, jobs: int
         print(line, flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
+    left = _left(study, planned, out)
     try:
         with Preemption():
-            failures = Scheduler(study, jobs, gpus, tell).run(planned)
+            failures = Scheduler(study, jobs, gpus, tell).run(left)
     finally:
         _write(study, planned, out)
-    for name, reason in failures.items():
-        print(f"{name}: {reason}")
     return EXIT_PROBLEMS if failures else EXIT_OK
+
+
+def _left(study: Study, planned: Sequence[PlannedRun], out: Path) -> list[PlannedRun]:
+    """Runs that an earlier results file does not tell of, or that another of these starts from."""
+    known = done(_before(out))
+    left = [run for run in planned if run.digest(study) not in known]
+    sources = {run.source for run in left}
+    return [run for run in planned if run in left or run.path in sources]
+
+
+def _before(out: Path) -> Results | None:
+    return load_results(out / RESULTS) if (out / RESULTS).exists() else None
 
 
 def _write(study: Study, planned: Sequence[PlannedRun], out: Path) -> None:
     """Results and report of what is finished, if anything is."""
-    from mlomae.run_dir import write_atomically
-    from mlomae.study.results import gather
-
-    results = gather(study, planned)
+    results = gather(study, planned, _before(out))
     if not results.rows:
         return
     write_atomically(out / RESULTS, results.dump().encode())
@@ -74,7 +80,6 @@ def _write(study: Study, planned: Sequence[PlannedRun], out: Path) -> None:
 
 
 def _report(results: Results, planned: Sequence[PlannedRun], out: Path) -> None:
-    from mlomae.run_dir import write_atomically
     from mlomae.study.plots import draw
     from mlomae.study.report import render
 
@@ -83,8 +88,6 @@ def _report(results: Results, planned: Sequence[PlannedRun], out: Path) -> None:
 
 def _tell_again(file: Path, out: Path | None) -> int:
     """The report of a results file, whose runs may be gone."""
-    from mlomae.study.results import load_results
-
     results = load_results(file)
     if not results.rows:
         raise UserError(f"results {file}: hold no finished run")
@@ -95,11 +98,13 @@ def _tell_again(file: Path, out: Path | None) -> int:
     return EXIT_OK
 
 
-def _show(planned: Sequence[PlannedRun]) -> int:
-    """What would be run."""
+def _show(study: Study, planned: Sequence[PlannedRun], out: Path) -> int:
+    """All runs, and which are done."""
     width = max(len(run.name) for run in planned)
+    left = {run.name for run in _left(study, planned, out)}
     for run in planned:
-        state = "done" if (run.path / "result.json").exists() else ""
+        trained = run.name not in left or (run.path / "result.json").exists()
+        state = "trained" if trained else ""
         budgets = ",".join(run.budgets)
         print(
             f"{run.name:<{width}}  {budgets:<11}  {run.pretrain_steps:>9,} steps  "
@@ -112,10 +117,9 @@ def _show(planned: Sequence[PlannedRun]) -> int:
 
 def _submit(study: Study, planned: Sequence[PlannedRun], out: Path, options: Sequence[str]) -> int:
     """Hands the trainings that are left to Slurm, as a job array; evaluations are left to a later call."""
-    from mlomae.run_dir import write_atomically
     from mlomae.slurm import submit
 
-    left = [run for run in planned if not (run.path / "result.json").exists()]
+    left = [run for run in _left(study, planned, out) if not (run.path / "result.json").exists()]
     ready = [run for run in left if run.source is None or (run.source / "result.json").exists()]
     for run in (run for run in left if run not in ready):
         print(f"{run.name}: waits for {run.source}; submit again when that is done")

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mlomae.arguments import did_you_mean
-from mlomae.config import Config, flatten, load_config
+from mlomae.config import RESUMABLE_CHANGES, Config, flatten, load_config
 from mlomae.config_errors import describe
 from mlomae.errors import UserError
 from mlomae.flops import iteration_flops
@@ -125,6 +125,16 @@ class PlannedRun:
     def path(self) -> Path:
         """Of its folder."""
         return self.config.run_dir
+
+    def digest(self, study: Study) -> str:
+        """Of everything that decides its figures: by this a results file knows it again."""
+        # Without defaults: fields that are added to the configuration later do not change it.
+        fields = flatten(self.config.model_dump(mode="json", exclude_defaults=True))
+        decides = {name: value for name, value in fields.items() if name not in RESUMABLE_CHANGES}
+        if self.source is not None:
+            decides["model.weights"] = "/".join(self.source.parts[-2:])
+        evaluations = [evaluation.folder(task, Path()).name for task, evaluation in study.evaluate.items()]
+        return hashlib.sha256(json.dumps([decides, evaluations], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def pretrain_steps(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +36,7 @@ class Row:
     """One finished run.
 
     Attributes:
+        digest: of ``PlannedRun``.
         budgets: under which it counts.
         steps: pretrain steps.
         flops: model FLOPs of its pretraining.
@@ -44,6 +45,7 @@ class Row:
         curves: name → [steps, values], outer iterations.
     """
 
+    digest: str
     arm: str
     seed: int
     budgets: tuple[Budget, ...]
@@ -102,24 +104,35 @@ def load_results(path: Path) -> Results:
         raise UserError(f"results {path}: damaged ({error})") from None
 
 
-def gather(study: Study, planned: Sequence[PlannedRun]) -> Results:
+def gather(study: Study, planned: Sequence[PlannedRun], before: Results | None) -> Results:
     """The results of all runs that are finished, evaluations included.
+
+    Args:
+        before: earlier results of this study, which count for runs whose folders are gone.
 
     Raises:
         UserError: something in a run's folder is damaged.
     """
     rows: list[Row] = []
-    machine: dict[str, Any] = {}
+    machine = {} if before is None else before.machine
+    known = done(before)
     for run in planned:
-        figures = _figures(study, run)
+        digest, figures = run.digest(study), _figures(study, run)
         if figures is None:
+            if digest in known:
+                rows.append(replace(known[digest], arm=run.arm, budgets=run.budgets))
             continue
         (told,) = read_runs([run.path])
         assert told.result is not None and told.environment is not None
         machine = machine or {name: told.environment.get(name) for name in _MACHINE}
         about = run.arm, run.seed, run.budgets, run.config.iterations, run.pretrain_steps, run.flops
-        rows.append(Row(*about, told.result["seconds"], figures, _curves(told)))
+        rows.append(Row(digest, *about, told.result["seconds"], figures, _curves(told)))
     return Results(study, len(planned), tuple(rows), machine)
+
+
+def done(results: Results | None) -> dict[str, Row]:
+    """Rows by their digests."""
+    return {} if results is None else {row.digest: row for row in results.rows}
 
 
 def _figures(study: Study, run: PlannedRun) -> dict[str, float] | None:

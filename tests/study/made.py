@@ -31,8 +31,8 @@ def results(scores: dict[str, list[float]], **study: Any) -> Results:
     arms = {name: {"against": None if name == "random" else "random"} for name in scores}
     rows = [
         Row(
-            name, seed, ("steps", "flops"), 4, 8, 2e12, 10.0 + seed, {"knn_accuracy": value},
-            {"mask/agreement": ([2, 4], [0.6, 0.7])},
+            f"{name}-{seed}", name, seed, ("steps", "flops"), 4, 8, 2e12, 10.0 + seed,
+            {"knn_accuracy": value}, {"mask/agreement": ([2, 4], [0.6, 0.7])},
         )
         for name, values in scores.items()
         for seed, value in enumerate(values)

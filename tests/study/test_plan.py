@@ -72,6 +72,23 @@ def test_every_run_has_its_own_folder(tmp_path: Path) -> None:
     assert all(run.path == tmp_path / "runs" / run.name for run in runs)
 
 
+def test_digest_tells_runs_apart_by_what_decides_their_figures(tmp_path: Path) -> None:
+    arms = {**ARMS, "continued": {"start_from": "random", "against": "random", "budgets": ["steps"]}}
+
+    def digests(**fields: Any) -> list[str]:
+        study = load_study(write_study(tmp_path, arms=arms, **fields))
+        return [run.digest(study) for run in plan_runs(study, tmp_path / "runs")]
+
+    first = digests()
+    assert len(set(first)) == 4
+    # Neither folders nor what changes no figure.
+    moved = load_study(tmp_path / "study.yaml")
+    assert [run.digest(moved) for run in plan_runs(moved, tmp_path / "elsewhere")] == first
+    assert digests(set={"log_every": 7}) == first
+    for fields in ({"set": {"pretrain.lr": 1e-5}}, {"seeds": [1]}, {"steps": 800}, {"evaluate": {"knn": {}}}):
+        assert not set(first) & set(digests(**fields))
+
+
 def test_another_evaluation_has_another_folder(tmp_path: Path) -> None:
     folders = set()
     for number, evaluation in enumerate(({}, {"set": {"ks": [1]}}, {"config": str(tmp_path / "knn.yaml")})):

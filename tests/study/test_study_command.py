@@ -92,6 +92,26 @@ def test_what_is_done_has_no_command_left(done: Path) -> None:
 
 
 @pytest.mark.slow
+def test_results_stand_for_folders_that_are_gone(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = (done / "out" / "results.json").read_text()
+    (tmp_path / "results.json").write_text(told)
+    # Without the arms that failed; one more would be trained.
+    tree = yaml.safe_load((done / "study.yaml").read_text())
+    tree["arms"] = {name: arm for name, arm in tree["arms"].items() if name in ("random", "learned")}
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(tree))
+    assert main(["study", str(study), "--out", str(tmp_path)]) == 0
+    assert "2 of 2 runs" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    old, new = (
+        {row["arm"]: row for row in json.loads(text)["runs"]}
+        for text in (told, (tmp_path / "results.json").read_text())
+    )
+    assert new == {name: old[name] for name in ("random", "learned")}
+
+
+@pytest.mark.slow
 def test_a_changed_study_does_not_pass_off_old_runs_as_its_own(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
