@@ -128,6 +128,13 @@ RULES: tuple[Rule, ...] = (
     Scaled(pattern=r"mlomae submit (?!.*--dry-run).*", more="--dry-run", given={"sweep.txt": "sweep"}),
     Rule(pattern=r"mlomae submit .* --dry-run"),
     Parsed(pattern=r"sbatch .*", parse=parsers.sbatch, why="needs a cluster; tests/slurm has one"),
+    Rule(pattern=r"mlomae study .* --dry-run"),
+    Rule(
+        pattern=r"mlomae study \S+/results\.json.*",
+        given={"runs/digits/results.json": "results"},
+    ),
+    # A list of the runs, each of whose configurations is resolved; tests/study trains some.
+    Scaled(pattern=r"mlomae study \S+\.yaml.*", more="--dry-run"),
     Rule(pattern=r"mlomae plan .*", codes=(EXIT_OK, EXIT_PROBLEMS)),
     # Runs and encoders.
     Rule(pattern=r"mlomae (report|visualize|export|eval knn) runs/.*", given={"colours": "colours"}),

@@ -13,6 +13,7 @@ from tests.data.made_boxes import make_boxes
 from tests.data.made_scenes import write_scenes
 from tests.docs.workplace import Workplace
 from tests.integration.tiny import FEW_TO_FIT, Fields, write_recipe
+from tests.study.made import results
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 """Class → mean colour of the images of the folder ``colours``."""
@@ -42,6 +43,7 @@ class Stock:
             "table": self._table,
             "sweep": lambda path: path.write_text("--seed 1\n--seed 2 --pretrain.lr 3e-4\n"),
             "hosts": lambda path: path.write_text("one slots=8\ntwo slots=8\n"),
+            "results": lambda path: path.write_text(results({"random": [0.4, 0.5], "learned": [0.5]}).dump()),
             "recipe": lambda path: write_recipe(path, _IN_COLOUR),
             "weights": self._weights,
         }

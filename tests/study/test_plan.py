@@ -12,6 +12,7 @@ from mlomae.config import load_config
 from mlomae.errors import UserError
 from mlomae.flops import iteration_flops
 from mlomae.study.plan import PlannedRun, load_study, plan_runs
+from tests.architecture.source_tree import ROOT
 from tests.study.made import ARMS, write_study
 
 
@@ -163,3 +164,24 @@ def test_a_file_that_is_no_study(tmp_path: Path, text: str | None, message: str)
     with pytest.raises(UserError) as refused:
         load_study(path)
     assert str(refused.value).startswith(f"study {path}: {message}")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_studies_of_the_project_can_be_run(path: Path) -> None:
+    study = load_study(path)
+    runs = plan_runs(study, Path("runs"))
+    assert {run.arm for run in runs} == set(study.arms)
+    # The comment at the top names the command.
+    assert f"mlomae study {path.relative_to(ROOT)}" in path.read_text()
+    for arm in study.arms.values():
+        assert arm.against is None or len(study.seeds) >= 3
+
+
+def test_the_study_of_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "studies.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "study.yaml").write_text(text)
+    study = load_study(tmp_path / "study.yaml")
+    assert len(plan_runs(study, tmp_path)) == 3 * (1 + 2 + 2 + 1)
+    assert study.evaluate["finetune"].words("finetune", tmp_path)[-2:] == ["--optim.epochs", "1"]
