@@ -2,7 +2,7 @@
 
 An outer iteration holds the most either in a pretrain step (kept patches and decoder), in the direction of
 the hypergradient (whole images of two batches), in the influence (copies of the weights), or in the steps of
-the small networks, where ZeRO's buffers are the largest.
+the small networks, where ZeRO's buffers are the largest. Policy hard has pairs of patches instead.
 """
 
 from __future__ import annotations
@@ -313,12 +313,14 @@ class Memory:
         """The masking network's step under policy ``hard``: on the last pretrain batch and its pairs."""
         (network,), images = self.small, self.rank_batch("pretrain")
         buckets = self.sharding.buckets(network) if self.sharding.zero in (1, 2) else 0
-        pairs = images * self.config.model.num_patches**2
+        step = self.passes.masking_step(images)
+        # In the loss the network holds half of what its step takes at the most.
+        loss = step // 2 + PAIR_COPIES * FLOAT32 * images * self.config.model.num_patches**2
         return self._phase(
             "step of the masking network",
             {
                 "gradients": buckets + FLOAT32 * network.trainable,
-                "activations": self.passes.masking_step(images) + PAIR_COPIES * FLOAT32 * pairs,
+                "activations": max(step, loss),
                 "direction v": 0,
                 "copies of the weights": 0,
                 "batches": 2 * self.masked_batch(),
