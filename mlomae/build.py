@@ -1,4 +1,4 @@
-"""From a configuration to the three levels."""
+"""From a configuration to the levels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import mlomae_kernels
 from mlomae.compilation import compile_module
 from mlomae.config import Config
 from mlomae.data.loader import LevelLoaders
+from mlomae.data.stream import Stream
 from mlomae.distributed.deepspeed_engine import DeepSpeedEngine
 from mlomae.distributed.engine import Engine, TorchEngine
 from mlomae.distributed.env import World
 from mlomae.errors import UserError
 from mlomae.interop.starting import start_from
-from mlomae.levels import HeadLevel, Level, MaskLevel, PretrainLevel
+from mlomae.levels import HardnessLevel, HeadLevel, Level, MaskLevel, PretrainLevel, ReadingLevel
 from mlomae.models.encoder import SIZES, num_pooled
 from mlomae.models.head import ClassifierHead, SegmentationHead
 from mlomae.models.mae import MaskedAutoencoder
@@ -36,15 +37,30 @@ from mlomae_kernels.ops.attention import choose_attention
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a run; ``head`` and ``mask`` are None for policies that do not learn."""
+    """The levels of a run.
+
+    Attributes:
+        head, mask: None for policies that do not learn from a hypergradient.
+        hardness: None for policies other than ``hard``.
+    """
 
     pretrain: PretrainLevel
-    head: HeadLevel | None
-    mask: MaskLevel | None
+    head: HeadLevel | None = None
+    mask: MaskLevel | None = None
+    hardness: HardnessLevel | None = None
 
     def by_name(self) -> dict[str, Level[Any]]:
-        named = {"pretrain": self.pretrain, "head": self.head, "mask": self.mask}
+        named = {"pretrain": self.pretrain, "head": self.head, "mask": self.mask, "hardness": self.hardness}
         return {name: level for name, level in named.items() if level is not None}
+
+    def streams(self) -> dict[str, Stream]:
+        """By the names of the levels that have one."""
+        return {n: level.stream for n, level in self.by_name().items() if isinstance(level, ReadingLevel)}
+
+    @property
+    def scorer(self) -> Level[Any] | None:
+        """The level that trains the masking network; None without one."""
+        return self.hardness if self.mask is None else self.mask
 
 
 def build_levels(
@@ -80,7 +96,7 @@ def build_levels(
     model, grid = config.model, config.model.grid
     # One generator state per module: the autoencoder starts from the same weights under every policy.
     torch.manual_seed(stream_seed(config.seed, "init", "pretrain"))
-    autoencoder = MaskedAutoencoder(model)
+    autoencoder = MaskedAutoencoder(model, loaders.num_classes if config.pretrain.label_weight else None)
     if model.weights is not None:
         started = start_from(autoencoder, model)
         if world.primary:  # beside the output of commands, which may be JSON
@@ -90,12 +106,19 @@ def build_levels(
     # graph would take the memory back.
     compile_module(autoencoder.encoder, "compiled" if execution == "graphs" else execution)
     embed_dim = autoencoder.encoder.embed_dim
-    policy = MaskPolicy(config.masking, grid, config.num_keep, config.seed)
+    steps = config.iterations * config.pretrain.unroll_steps
+    policy = MaskPolicy(config.masking, grid, config.num_keep, config.seed, steps)
+    network = None
+    if config.masking.scored:
+        torch.manual_seed(stream_seed(config.seed, "init", "mask"))
+        network = build_masking_network(config.masking, grid, embed_dim)
+    lower = PretrainLevel(
+        engine(autoencoder, config.pretrain, parts), loaders.pretrain, config, policy, network
+    )
+    if network is None:
+        return Levels(lower)
     if not config.masking.learns:
-        lower = PretrainLevel(
-            engine(autoencoder, config.pretrain, parts), loaders.pretrain, config, policy, None
-        )
-        return Levels(lower, None, None)
+        return Levels(lower, hardness=HardnessLevel(engine(network, config.mask), config))
 
     assert loaders.num_classes is not None and loaders.head is not None and loaders.mask is not None
     torch.manual_seed(stream_seed(config.seed, "init", "head"))
@@ -104,11 +127,6 @@ def build_levels(
         classifier = SegmentationHead(embed_dim, loaders.num_classes, grid, model.size)
     else:
         classifier = ClassifierHead(num_pooled(embed_dim, model.pool), loaders.num_classes)
-    torch.manual_seed(stream_seed(config.seed, "init", "mask"))
-    network = build_masking_network(config.masking, grid, embed_dim)
-    lower = PretrainLevel(
-        engine(autoencoder, config.pretrain, parts), loaders.pretrain, config, policy, network
-    )
     middle = HeadLevel(engine(classifier, config.head), loaders.head, config)
     upper = MaskLevel(engine(network, config.mask), loaders.mask, config, lower, middle)
     return Levels(lower, middle, upper)

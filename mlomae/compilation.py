@@ -46,7 +46,8 @@ def compile_module(module: nn.Module, execution: str) -> None:
         assert replay is not None
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return replay(*args, **kwargs).clone()
+            found = replay(*args, **kwargs)
+            return found.clone() if isinstance(found, torch.Tensor) else tuple(part.clone() for part in found)
 
         module._compiled_call_impl = call
 

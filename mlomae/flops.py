@@ -87,9 +87,19 @@ class Products:
         return self.times(3, 5, 1)
 
 
-def pretrain_flops(config: Config) -> int:
-    """FLOPs of one image in one plain pretrain step, forward and backward; no masking network."""
-    return (masked_encoder(config) + decoder(config)).training
+def pretrain_flops(config: Config, num_classes: int = 0) -> int:
+    """FLOPs of one image in one pretrain step, forward and backward; no masking network."""
+    return pretrain_pass(config, num_classes).training
+
+
+def pretrain_pass(config: Config, num_classes: int) -> Products:
+    """The autoencoder on one image, and its classifier where ``pretrain.label_weight`` asks for one."""
+    classifier = Products(linear=2 * SIZES[config.model.arch][0] * num_classes)
+    return (
+        masked_encoder(config)
+        + decoder(config)
+        + (classifier if config.pretrain.label_weight else Products())
+    )
 
 
 def iteration_flops(config: Config, num_classes: int = 0, estimator: str | None = None) -> dict[str, float]:
@@ -99,36 +109,39 @@ def iteration_flops(config: Config, num_classes: int = 0, estimator: str | None 
     1 / ``hypergradient.every``.
 
     Args:
-        num_classes: of the head; 0 leaves the head out, which is small beside the encoder.
+        num_classes: of head and classifier; 0 leaves them out, which are small beside the encoder.
         estimator: of the influence, as ``Hypergradient.estimator`` resolves ``auto``, which depends on the
             precision; None takes the configured one, and ``auto`` for ``fd``.
 
     Returns:
-        ``pretrain``: the steps of the autoencoder. Other parts where the policy learns only:
+        ``pretrain``: the steps of the autoencoder. Where there is a masking network:
         ``masking``: patch projection and masking network in each of these steps.
+        ``mask``: forward and backward pass of the masking network. Where a hypergradient trains it:
         ``direction``: the encoder on the train and held-out batches, and back.
         ``influence``: of ``hypergradient.share`` of a pretrain batch. A check of the radius takes two more
         differences; the search that may follow, if the radius turns out wrong, is not counted.
         ``features``: the encoder on the train batch in iterations without hypergradient.
         ``head``: the head's step and its answer in the hypergradient. Of ``best_response: implicit`` this
         holds the derivatives at the optimum only: how many steps lead there depends on the data.
-        ``mask``: forward and backward pass of the masking network.
     """
     pretrain_images = config.pretrain.unroll_steps * config.pretrain.batch_size
-    parts = {"pretrain": float(pretrain_images * pretrain_flops(config))}
-    if not config.masking.learns:
+    parts = {"pretrain": float(pretrain_images * pretrain_flops(config, num_classes))}
+    if not config.masking.scored:
         return parts
+    network = masking_network(config)
+    parts["masking"] = float(pretrain_images * (patch_projection(config.model) + network).forward)
+    if not config.masking.learns:
+        return {**parts, "mask": float(config.pretrain.batch_size * network.training)}
     due = 1 / config.hypergradient.every
     train, heldout = config.head.batch_size, config.mask.batch_size
     answers = config.levels == 3
     # A head for pixels reads all patches.
     pool = "patches" if config.data.has_label_maps else config.model.pool
-    encoder, network = whole_encoder(config.model, pool), masking_network(config)
+    encoder = whole_encoder(config.model, pool)
     masked_images = math.ceil(config.hypergradient.share * config.pretrain.batch_size)
     direction = heldout * encoder.training + train * (encoder.training if answers else encoder.forward)
     return {
         **parts,
-        "masking": float(pretrain_images * (patch_projection(config.model) + network).forward),
         "direction": due * direction,
         "influence": due * masked_images * _influence(config, estimator),
         "features": (1 - due) * train * encoder.forward,

@@ -85,10 +85,11 @@ def check(config: Config, run_dir: RunDir, images: int | None, bf16: bool) -> Ch
         bf16: run the passes under bf16 autocast, whatever the recipe says.
 
     Raises:
-        UserError: the policy does not learn, or the batch exceeds its set.
+        UserError: the policy has no hypergradient, or the batch exceeds its set.
     """
     if not config.masking.learns:
-        raise UserError(f"masking.policy: {config.masking.policy} learns no mask, so it has no hypergradient")
+        policy = config.masking.policy
+        raise UserError(f"masking.policy: {policy} has no hypergradient; use learned or weighted-random")
     batches = {level: getattr(config, level).batch_size for level in ("pretrain", "head", "mask")}
     changed = {
         level: getattr(config, level).model_copy(update={"batch_size": min(images or 32, size)})

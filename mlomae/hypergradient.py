@@ -52,10 +52,11 @@ class MaskedBatch:
     Attributes:
         images: [B, C, H, W].
         selection: the patches kept.
-        tokens: [B, L, D] input of the masking network, frozen; None for policies that do not learn.
-        scores: [B, L] of the masking network, constant; None for policies that do not learn.
+        tokens: [B, L, D] input of the masking network, frozen; None without one.
+        scores: [B, L] of the masking network, constant; None without one.
         errors: [B, L] of the pretrain step, constant; None before it.
-        step: that step; None before it and for policies that do not learn.
+        step: that step; None unless the mask level differentiates it.
+        labels: int64 [B]; None where the pretrain step does not classify.
     """
 
     images: Tensor
@@ -64,6 +65,7 @@ class MaskedBatch:
     scores: Tensor | None
     errors: Tensor | None = None
     step: StepRecord | None = None
+    labels: Tensor | None = None
 
     def first(self, share: float) -> MaskedBatch:
         """The first images, rounded up; batches are shuffled, so that they are a fair sample."""
@@ -92,6 +94,7 @@ class MaskedBatch:
             tokens=cut(self.tokens),
             scores=cut(self.scores),
             errors=cut(self.errors),
+            labels=cut(self.labels),
         )
 
 

@@ -1,6 +1,7 @@
-"""The three levels: each owns its engine, data stream and loss, and knows how to take one step.
+"""The levels: each owns its engine, data stream and loss, and knows how to take one step.
 
-Lower to upper: pretrain (autoencoder, theta) → head (classifier, w) → mask (masking network, phi).
+Lower to upper: pretrain (autoencoder, theta) → head (classifier, w) → mask (masking network, phi). Policy
+``hard`` has no upper levels: beside the pretrain level stands one that trains the masking network.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ Rates = TypeVar("Rates", bound=LevelConfig)
 
 
 class Level(Generic[Rates]):
-    """What all levels share: an engine, a stream of batches, and a schedule."""
+    """What all levels share: an engine and a schedule."""
 
-    def __init__(self, engine: Engine, stream: Stream, rates: Rates, config: Config) -> None:
+    def __init__(self, engine: Engine, rates: Rates, config: Config) -> None:
         self.engine = engine
-        self.stream = stream
         self.rates = rates
         self.iterations = config.iterations
 
@@ -48,13 +48,21 @@ class Level(Generic[Rates]):
         r = self.rates
         return warmup_cosine(iteration, self.iterations, r.lr, r.min_lr, r.warmup)
 
+
+class ReadingLevel(Level[Rates]):
+    """A level with a stream of batches of its own."""
+
+    def __init__(self, engine: Engine, stream: Stream, rates: Rates, config: Config) -> None:
+        super().__init__(engine, rates, config)
+        self.stream = stream
+
     def next_batch(self) -> Batch:
         """The stream's next batch, on the device."""
         return self.stream.next()
 
 
-class PretrainLevel(Level[LevelConfig]):
-    """Level 1: reconstruct the removed patches, weighted by the mask probabilities."""
+class PretrainLevel(ReadingLevel[LevelConfig]):
+    """Level 1: reconstruct the removed patches; weighted by the mask probabilities where they are learned."""
 
     def __init__(
         self,
@@ -67,6 +75,8 @@ class PretrainLevel(Level[LevelConfig]):
         super().__init__(engine, stream, config.pretrain, config)
         self.policy = policy
         self.masking_network = masking_network
+        self.weighted = config.masking.learns
+        self.label_weight = config.pretrain.label_weight
         self.preconditions = config.hypergradient.precondition == "adam"
         self.micro_batches = config.pretrain.micro_batches
 
@@ -84,30 +94,41 @@ class PretrainLevel(Level[LevelConfig]):
         with profiled("selection"):
             masked = self.mask(batch)
         *parts, last = masked.split(self.micro_batches)
-        losses, errors = [], []
-        for part in parts:
-            loss, found = self._loss(part)
-            self.engine.accumulate(loss)
-            losses.append(loss.detach())
+        figures, errors = list[Metrics](), list[Tensor]()
+
+        def loss_of(part: MaskedBatch) -> Tensor:
+            loss, found, metrics = self._loss(part)
+            figures.append({"loss/pretrain": loss.detach(), **metrics})
             errors.append(found)
-        loss, found = self._loss(last)
+            return loss
+
+        for part in parts:
+            self.engine.accumulate(loss_of(part))
+        loss = loss_of(last)
         lr = self.lr(iteration)
         with profiled("pretrain/descend"):
             if record:
                 step = self.engine.descend_recorded(loss, lr, slope=self.preconditions)
-                masked = replace(masked, errors=torch.cat([*errors, found]), step=step)
+                masked = replace(masked, step=step)
             else:
                 self.engine.descend(loss, lr)
-        unweighted = objectives.pretrain_loss(torch.cat([*errors, found]), masked.selection.mask, None)
-        mean = torch.stack([*losses, loss.detach()]).mean()
-        return masked, {"loss/pretrain": mean, "loss/reconstruction": unweighted}
+        whole = torch.cat(errors)
+        unweighted = objectives.pretrain_loss(whole, masked.selection.mask, None)
+        return replace(masked, errors=whole), {**mean_of(figures), "loss/reconstruction": unweighted}
 
-    def _loss(self, masked: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch, and its errors [B, L] without graph."""
+    def _loss(self, masked: MaskedBatch) -> tuple[Tensor, Tensor, Metrics]:
+        """The loss of a micro-batch, its errors [B, L] without graph, and figures of its labels."""
+        mask, labels = masked.selection.mask, masked.labels
+        weights = masked.scores.sigmoid() if self.weighted and masked.scores is not None else None
         with profiled("pretrain/forward"):
-            errors = self.engine(masked.images, masked.selection)
-            weights = None if masked.scores is None else masked.scores.sigmoid()
-            return objectives.pretrain_loss(errors, masked.selection.mask, weights), errors.detach()
+            if labels is None:
+                errors = self.engine(masked.images, masked.selection)
+                return objectives.pretrain_loss(errors, mask, weights), errors.detach(), {}
+            errors, logits = self.engine(masked.images, masked.selection, True)
+            label_loss = objectives.head_loss(logits, labels)
+            loss = objectives.pretrain_loss(errors, mask, weights) + self.label_weight * label_loss
+            accuracy = objectives.head_accuracy(logits, labels)
+        return loss, errors.detach(), {"loss/label": label_loss.detach(), "accuracy/label": accuracy}
 
     @torch.no_grad()
     def mask(self, batch: Batch) -> MaskedBatch:
@@ -115,7 +136,8 @@ class PretrainLevel(Level[LevelConfig]):
         images = batch.images
         tokens, scores = mask_scores(self.autoencoder, self.masking_network, images)
         selection = self.policy.select(scores, len(images), batch.number, batch.first_row, images.device)
-        return MaskedBatch(images, selection, tokens, scores)
+        labels = batch.labels if self.label_weight else None
+        return MaskedBatch(images, selection, tokens, scores, labels=labels)
 
     def statistics(self, masked: MaskedBatch) -> tuple[Tensor, Metrics]:
         """How often each position is removed [L], over all ranks, and figures of the masks and scores."""
@@ -131,7 +153,7 @@ class PretrainLevel(Level[LevelConfig]):
         return frequency, figures
 
 
-class HeadLevel(Level[LevelConfig]):
+class HeadLevel(ReadingLevel[LevelConfig]):
     """Level 2: classify the train batch, its images or their pixels, from the encoder's features."""
 
     def __init__(self, engine: Engine, stream: Stream, config: Config) -> None:
@@ -161,7 +183,7 @@ class HeadLevel(Level[LevelConfig]):
         return HeadProblem(loss, weights, self.response, self.lr(iteration), self.damping)
 
 
-class MaskLevel(Level[LevelConfig]):
+class MaskLevel(ReadingLevel[LevelConfig]):
     """Level 3: move the masking network along the hypergradient of the held-out loss."""
 
     def __init__(
@@ -186,6 +208,22 @@ class MaskLevel(Level[LevelConfig]):
             self.engine.descend(loss, self.lr(iteration))
         norm = torch.as_tensor(self.engine.grad_norm, dtype=torch.float32, device=influence.device)
         return {"loss/mask": direction.heldout_loss, "hypergradient/norm": norm, **metrics}
+
+
+class HardnessLevel(Level[LevelConfig]):
+    """Beside level 1 under policy ``hard``: the masking network learns to rank patches by their errors."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        super().__init__(engine, config.mask, config)
+
+    def step(self, masked: MaskedBatch, iteration: int) -> Metrics:
+        """One optimizer step of the masking network on a batch whose errors are known."""
+        assert masked.tokens is not None and masked.errors is not None
+        with profiled("mask/step"):
+            scores = self.engine(masked.tokens)
+            loss = objectives.hardness_loss(scores, masked.selection.mask, masked.errors)
+            self.engine.descend(loss, self.lr(iteration))
+        return {"loss/hardness": loss.detach()}
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from mlomae.progress import Show
 SHOWN: Show = {
     "loss": {
         "loss/pretrain": "pretrain {:.4f}".format,
+        "loss/label": "label {:.3f}".format,
+        "loss/hardness": "hardness {:.3f}".format,
         "loss/head": "head {:.3f}".format,
         "loss/mask": "mask {:.3f}".format,
     },

@@ -1,4 +1,4 @@
-"""The losses of the three levels as plain functions.
+"""The losses of the levels as plain functions.
 
 Letters: B batch, L patches. ``mask`` is 1 at removed patches; M = sum(mask).
 """
@@ -67,3 +67,25 @@ def mask_loss(probability: Tensor, mask: Tensor, influence: Tensor, pretrain_lr:
         pretrain_lr: step size of the pretrain level.
     """
     return -pretrain_lr * (mask * influence * probability).sum() / mask.sum()
+
+
+def hardness_loss(scores: Tensor, mask: Tensor, errors: Tensor) -> Tensor:
+    """How well scores rank the removed patches of an image by their errors: a pairwise logistic loss.
+
+    The mean, over all pairs i ≠ j of removed patches of one image, of ``softplus(d) - y * d`` with
+    ``d = scores_i - scores_j`` and y = 1 where ``errors_i > errors_j``, 0 where it is less, 1/2 where both
+    are equal: the cross-entropy of sigmoid(d) for "i is harder than j" (HPM's relative loss: Wang et al.,
+    "Hard Patches Mining for Masked Image Modeling", CVPR 2023). Equal scores give log 2. An image with less
+    than two removed patches adds nothing.
+
+    Args:
+        scores: [B, L] differentiable in the masking network's weights.
+        mask: [B, L].
+        errors: [B, L] per-patch reconstruction errors, constant.
+    """
+    size = scores.shape[1]
+    pairs = mask[:, :, None] * mask[:, None, :] * ~torch.eye(size, dtype=torch.bool, device=mask.device)
+    harder = 0.5 + 0.5 * (errors[:, :, None] - errors[:, None, :]).sign()
+    difference = scores[:, :, None] - scores[:, None, :]
+    losses = F.binary_cross_entropy_with_logits(difference, harder.detach(), pairs, reduction="sum")
+    return losses / pairs.sum().clamp(min=1)

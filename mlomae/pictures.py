@@ -104,10 +104,10 @@ class Pictures:
         return {**found, "class_frequency": by_class, "class_count": count.cpu()}
 
     def _removed(self, autoencoder: MaskedAutoencoder, network: nn.Module | None) -> Iterator[Tensor]:
-        """Masks [B, L] of the sample: without noise where they are learned."""
+        """Masks [B, L] of the sample: without noise where scores decide."""
         for number, images in enumerate(self._images.split(NUM_SHOWN)):
             _, scores = mask_scores(autoencoder, network, images)
-            if scores is not None and self._policy.config.policy == "learned":
+            if scores is not None and self._policy.config.selects_by_score:
                 yield self._policy.keep_lowest(scores).mask.float()
             else:
                 first = number * NUM_SHOWN

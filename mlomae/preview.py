@@ -71,8 +71,8 @@ def as_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _mask(
     policy: MaskPolicy, scores: Tensor | None, count: int, device: torch.device
 ) -> tuple[Tensor, PatchSelection]:
-    """Mask probabilities [N, L] and the selection to show: without noise where the mask is learned."""
-    if scores is not None and policy.config.policy == "learned":
+    """Mask probabilities [N, L] and the selection to show: without noise where scores decide."""
+    if scores is not None and policy.config.selects_by_score:
         return scores.sigmoid(), policy.keep_lowest(scores)
     shown = policy.select(scores, count, step=0, first_row=0, device=device)
     if scores is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mlomae.config import Config
-from mlomae.flops import decoder, iteration_flops, masked_encoder
+from mlomae.flops import iteration_flops, pretrain_pass
 from mlomae.profile_trace import BETWEEN, KINDS, PARTS, Piece, Reading
 
 IDLE = "device idle"
@@ -86,18 +86,19 @@ def part_flops(config: Config, num_classes: int, estimator: str | None, due: flo
     never = {name: 2 * half[name] - always[name] for name in always}
     mean = {name: never[name] + due * (always[name] - never[name]) for name in always}
     images = config.pretrain.unroll_steps * config.pretrain.batch_size
-    forward = float(images * (masked_encoder(config) + decoder(config)).forward)
+    forward = float(images * pretrain_pass(config, num_classes).forward)
     parts = {"pretrain forward": forward, "pretrain backward": mean["pretrain"] - forward}
+    if not config.masking.scored:
+        return parts
+    parts = {"mask selection": mean["masking"], **parts, "mask step": mean["mask"]}
     if not config.masking.learns:
         return parts
     return {
-        "mask selection": mean["masking"],
         **parts,
         # The head answers in the direction; its own step is what it costs in every iteration.
         "direction": mean["direction"] + mean["head"] - never["head"],
         "influence": mean["influence"],
         "head step": mean["features"] + never["head"],
-        "mask step": mean["mask"],
     }
 
 

@@ -24,7 +24,7 @@ def score_pixels(
     the batches, all return the same.
 
     Args:
-        level: None where the policy does not learn.
+        level: None without a hypergradient.
 
     Returns:
         ``head_miou`` and ``head_pixel_accuracy`` in [0, 1]; nothing without a head.

@@ -14,7 +14,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 Arch = Literal["vit_pico", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-Policy = Literal["learned", "random", "fixed", "weighted-random", "block"]
+Policy = Literal["learned", "random", "fixed", "weighted-random", "block", "hard"]
+# Policies with a hypergradient, with a masking network, and whose scores say what is removed.
+LEARNING: tuple[Policy, ...] = ("learned", "weighted-random")
+SCORED: tuple[Policy, ...] = (*LEARNING, "hard")
+SELECTING: tuple[Policy, ...] = ("learned", "hard")
 
 Display = Annotated[
     Literal["auto", "quiet", "json"],
@@ -113,7 +117,8 @@ class MaskingConfig(Section):
     policy: Policy = Field(
         "learned",
         description="learned | random (plain MAE) | fixed (one position mask for all images) | "
-        "weighted-random (random selection, learned weights) | block (contiguous blocks)",
+        "weighted-random (random selection, learned weights) | block (contiguous blocks) | "
+        "hard (what reconstructs worst, found without labels)",
     )
     ratio: float = Field(0.75, gt=0, lt=1, description="share of patches removed")
     network: Literal["token", "mlp"] = Field(
@@ -126,6 +131,9 @@ class MaskingConfig(Section):
     )
     temperature: float = Field(1.0, gt=0, description="scale of the Gumbel noise on the scores")
     random_share: Share = Field(0.5, description="share of images in a batch that get a random mask")
+    hard_share: Share = Field(
+        0.5, description="of hard: share of the removed patches that are the hardest at the end; 0 at first"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MaskingConfig:
@@ -135,8 +143,18 @@ class MaskingConfig(Section):
 
     @property
     def learns(self) -> bool:
-        """Whether this policy trains a masking network (and so needs the head and mask levels)."""
-        return self.policy in ("learned", "weighted-random")
+        """Whether a hypergradient trains the masking network, which takes the head and mask levels."""
+        return self.policy in LEARNING
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a masking network."""
+        return self.policy in SCORED
+
+    @property
+    def selects_by_score(self) -> bool:
+        """Whether the scores say what is removed, apart from noise."""
+        return self.policy in SELECTING
 
 
 class ImagesConfig(Section):
@@ -271,6 +289,9 @@ class PretrainConfig(LevelConfig):
     unroll_steps: Positive = Field(2, description="pretrain steps per outer iteration (K)")
     micro_batches: Positive = Field(
         1, description="parts of a rank's batch, one after the other (gradient accumulation)"
+    )
+    label_weight: NonNegative = Field(
+        0.0, description="of a classification loss on the kept patches, beside the reconstruction"
     )
 
 

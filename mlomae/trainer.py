@@ -29,7 +29,7 @@ from mlomae.environment import describe_environment
 from mlomae.errors import Preempted, UserError
 from mlomae.evaluate import collect_features, pixels, score_features
 from mlomae.hypergradient import MaskedBatch, Metrics
-from mlomae.levels import Level, mean_of
+from mlomae.levels import ReadingLevel, mean_of
 from mlomae.logbook import SHOWN, Logbook
 from mlomae.meters import FiniteGuard, Meters, Scalars
 from mlomae.metrics import MetricsWriter
@@ -155,7 +155,7 @@ class Trainer:
         estimator = None if mask is None else mask.hypergradient.estimator
         return run_telemetry(self.config, self.world, self.precision, self.loaders.num_classes, estimator)
 
-    def _next_batch(self, level: Level[Any]) -> Batch:
+    def _next_batch(self, level: ReadingLevel[Any]) -> Batch:
         waiting = nullcontext() if self.telemetry is None else self.telemetry.waiting()
         with waiting, profiled("data"):
             return level.next_batch()
@@ -186,6 +186,8 @@ class Trainer:
             scalars |= levels.head.step(features, train.labels, iteration)
             if due:
                 scalars |= levels.mask.step(masked, direction, iteration)
+        if levels.hardness is not None:
+            scalars |= levels.hardness.step(masked, iteration)
         for name, level in levels.by_name().items():
             if f"loss/{name}" in scalars:
                 self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.engine.weight_norm())
@@ -248,8 +250,8 @@ class Trainer:
 
     def _draw(self) -> None:
         """Draws the mask on rank 0; called on every rank, for the weights that it lacks."""
-        autoencoder, mask = self._whole_autoencoder(), self.levels.mask
-        network = None if mask is None else mask.engine.whole_module()
+        autoencoder, mask, scorer = self._whole_autoencoder(), self.levels.mask, self.levels.scorer
+        network = None if scorer is None else scorer.engine.whole_module()
         if not self.world.primary:
             return
         policy = self.levels.pretrain.policy
@@ -280,7 +282,7 @@ class Trainer:
             "iteration": self.iteration,
             "seconds": self.seconds,
             "precision": self.precision,
-            "streams": {name: level.stream.state_dict() for name, level in levels.items()},
+            "streams": {name: stream.state_dict() for name, stream in self.levels.streams().items()},
             "meters": self.meters.state_dict(),
         }
         if self.levels.mask is not None:
@@ -326,7 +328,8 @@ class Trainer:
         checkpoint.match(loaded, expected)
         for name, level in levels.items():
             level.engine.load_state_dict(parts[name])
-            level.stream.load_state_dict(loaded.state["streams"][name])
+        for name, stream in self.levels.streams().items():
+            stream.load_state_dict(loaded.state["streams"][name])
         if self.levels.mask is not None:
             self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
         self.meters.load_state_dict(loaded.state["meters"], self.world.device)

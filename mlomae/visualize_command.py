@@ -39,7 +39,7 @@ def draw(path: Path, files: Sequence[Path], out: Path) -> None:
     """Writes a PNG with a row per image: input, removal probability, influence, masked, reconstruction.
 
     The influence needs the run's own images too: a training batch and a held-out batch tell the direction in
-    which weights would help the task. There is none where the policy does not learn.
+    which weights would help the task. Without a hypergradient there is none.
 
     Args:
         path: run directory (its newest checkpoint), or one of its checkpoints.
@@ -81,7 +81,7 @@ def _preview(trainer: Trainer, images: Tensor) -> Preview:
     from mlomae.preview import preview
 
     levels, loaders, device = trainer.levels, trainer.loaders, trainer.world.device
-    network = None if levels.mask is None else levels.mask.engine.module
+    network = None if levels.scorer is None else levels.scorer.engine.module
     mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (loaders.mean, loaders.std))
     pretrain = levels.pretrain
     with eagerly():

@@ -17,7 +17,7 @@ from mlomae.config import Config
 from mlomae.distributed.env import join_world
 from mlomae.flops import decoder, iteration_flops, masked_encoder, pretrain_flops, whole_encoder
 from mlomae.hypergradient import Hypergradient
-from mlomae.levels import HeadLevel, MaskLevel, PretrainLevel
+from mlomae.levels import HardnessLevel, HeadLevel, MaskLevel, PretrainLevel
 from mlomae.mlo import direction as direction_module
 from mlomae.models.attention import using_attention
 from mlomae.models.mae import MaskedAutoencoder
@@ -161,7 +161,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     "influence": [(Hypergradient, "influence")],
     "features": [(Hypergradient, "features")],
     "head": [(HeadLevel, "step"), (direction_module, "feature_cotangents")],
-    "mask": [(MaskLevel, "step")],
+    "mask": [(MaskLevel, "step"), (HardnessLevel, "step")],
 }
 
 
@@ -201,6 +201,9 @@ def _config(fields: dict[str, Any]) -> Config:
         {"hypergradient.estimator": "fd-forward", "hypergradient.precision": "float32"},
         {"hypergradient.estimator": "exact"},
         {"masking.policy": "random"},
+        {"masking.policy": "hard"},
+        {"pretrain.label_weight": 0.5},
+        {"masking.policy": "hard", "masking.network": "mlp", "pretrain.label_weight": 0.5},
     ],
     ids=lambda fields: ",".join(f"{name.split('.')[-1]}={value}" for name, value in fields.items()) or "fd",
 )

@@ -1,13 +1,14 @@
-"""The three losses against sums written out."""
+"""The losses against sums written out."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from mlomae.objectives import head_loss, mask_loss, pretrain_loss
+from mlomae.objectives import hardness_loss, head_loss, mask_loss, pretrain_loss
 
 ERRORS = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 MASK = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
@@ -58,3 +59,36 @@ def test_mask_loss_raises_the_probability_of_patches_whose_error_hurts_the_heldo
     influence = torch.tensor([[1.0, -1.0]])
     (gradient,) = torch.autograd.grad(mask_loss(probability, torch.ones(1, 2), influence, 0.1), probability)
     assert gradient[0, 0] < 0 < gradient[0, 1]  # descent raises the first and lowers the second
+
+
+def test_hardness_loss_is_the_mean_over_all_pairs_of_removed_patches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, errors = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    errors[0, 1] = errors[0, 0]  # equally hard
+    mask = torch.tensor([[1.0, 1, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.float64)
+    losses = []
+    for image, i, j in itertools.product(range(3), range(5), range(5)):
+        if i == j or not mask[image, i] * mask[image, j]:
+            continue
+        gap = float(errors[image, i] - errors[image, j])
+        target = 0.5 if gap == 0 else float(gap > 0)
+        p = 1 / (1 + math.exp(float(scores[image, j] - scores[image, i])))
+        losses.append(-target * math.log(p) - (1 - target) * math.log(1 - p))
+
+    assert hardness_loss(scores, mask, errors).item() == pytest.approx(sum(losses) / len(losses))
+    assert hardness_loss(torch.zeros(3, 5), mask, errors).item() == pytest.approx(math.log(2))
+
+
+def test_hardness_loss_takes_the_errors_as_constants_and_ignores_kept_patches() -> None:
+    scores, errors = WEIGHTS.clone().requires_grad_(), ERRORS.clone().requires_grad_()
+    hardness_loss(scores, MASK, errors).backward()
+    assert errors.grad is None and scores.grad is not None
+    # Of each pair of removed patches the one with the larger error is raised.
+    assert torch.equal(scores.grad.sign(), torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]))
+
+
+def test_hardness_loss_of_single_patches_is_zero() -> None:
+    scores = torch.zeros(2, 3, requires_grad=True)
+    loss = hardness_loss(scores, torch.eye(3)[:2], ERRORS)
+    loss.backward()
+    assert loss.item() == 0 and scores.grad is not None and not scores.grad.any()

@@ -20,7 +20,7 @@ from mlomae.models.selection import MaskPolicy
 from mlomae.preview import Preview, preview
 from mlomae.visualize import mask_picture
 
-POLICIES = ("learned", "random", "fixed", "weighted-random", "block")
+POLICIES = ("learned", "random", "fixed", "weighted-random", "block", "hard")
 IMAGES = 3
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]
 
@@ -35,7 +35,7 @@ def _level(policy: str, norm_pix: bool = True) -> PretrainLevel:
     )  # fmt: skip
     autoencoder = MaskedAutoencoder(config.model)
     network = None
-    if config.masking.learns:
+    if config.masking.scored:
         network = build_masking_network(config.masking, config.model.grid, autoencoder.encoder.embed_dim)
     mask_policy = MaskPolicy(config.masking, config.model.grid, config.num_keep, seed=0)
     stream: Any = None
@@ -78,8 +78,9 @@ def test_inputs_are_shown_as_they_were_before_normalisation() -> None:
     torch.testing.assert_close(drawn.images, images * STD + MEAN)
 
 
-def test_learned_mask_is_shown_without_noise() -> None:
-    level, images = _level("learned"), _images()
+@pytest.mark.parametrize("policy", ["learned", "hard"])
+def test_mask_by_score_is_shown_without_noise(policy: str) -> None:
+    level, images = _level(policy), _images()
     drawn = show(level, images)
     _, scores = mask_scores(level.autoencoder, level.masking_network, images)
     assert scores is not None

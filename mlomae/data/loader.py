@@ -34,7 +34,7 @@ class LevelLoaders:
     """The streams of the three levels and the sets they come from.
 
     ``pretrain`` reads the training set and ``head`` its labelled images, augmented; ``mask`` reads the
-    held-out set as it is. ``head`` and ``mask`` are None where the masking policy does not learn. No stream
+    held-out set as it is. ``head`` and ``mask`` are None without a hypergradient. No stream
     reads the test set. The bad samples that they meet are in ``ledger``.
 
     Raises:
@@ -62,6 +62,8 @@ class LevelLoaders:
         self._splits = make_splits(self._dataset, data)
         if self.has_label_maps:
             self._splits = replace(self._splits, labelled=self._splits.train)
+        if config.pretrain.label_weight:
+            self._require_classes()
 
         self._device = device
         self._resident: dict[Part, Subset] = {}
@@ -179,6 +181,24 @@ class LevelLoaders:
             self.ledger.add(faults)  # the same on every rank
             _close(subset)
         return self._resident[part]
+
+    def _require_classes(self) -> None:
+        """For ``pretrain.label_weight``, whose loss is a mean over all training images.
+
+        Raises:
+            UserError: there are label maps, or labels are missing.
+        """
+        train, labelled = len(self._splits.train), len(self._splits.labelled)
+        found = f"{train - labelled:,} of {train:,} without one"
+        if self.has_label_maps:
+            found = "label maps"
+        elif self._dataset.train.labels is None:
+            found = "no labels"
+        elif labelled == train:
+            return
+        raise UserError(
+            f"pretrain.label_weight: needs a class for every training image, found {found}; set it to 0"
+        )
 
     def _buffer(self, subset: Subset) -> int | None:
         """Images that a stream shuffles in memory; None where it reads in random order.

@@ -115,9 +115,8 @@ class DeepSpeedEngine:
         self._device = world.device
         self._counter = StepCounter(self._base_optimizer)
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        output: Tensor = self._engine(*inputs)
-        return output
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
 
     def accumulate(self, loss: Tensor) -> None:
         # Before the last one, DeepSpeed's step only counts.

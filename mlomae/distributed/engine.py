@@ -41,7 +41,7 @@ class Engine(Protocol):
     def skipped_steps(self) -> int:
         """See above."""
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         """The module's output in the engine's precision, for a loss given to ``descend``."""
 
     def accumulate(self, loss: Tensor) -> None:
@@ -139,10 +139,9 @@ class TorchEngine:
         self.skipped_steps = 0
         self._parameters: list[Tensor] = [parameter for _, parameter in trainable(module)]
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         with self.autocast():
-            output: Tensor = self.module(*inputs)
-        return output
+            return self.module(*inputs)
 
     def accumulate(self, loss: Tensor) -> None:
         (loss / self.micro_batches).backward()

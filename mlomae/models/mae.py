@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import mlomae_kernels
 from mlomae.models.attention import PackedAttention, set_attention
 from mlomae.models.blocks import PredictionBlock, TransformerBlock
-from mlomae.models.encoder import ViTEncoder, init_linear, run_blocks, sincos_positions
+from mlomae.models.encoder import ViTEncoder, init_linear, pool_features, run_blocks, sincos_positions
+from mlomae.models.head import ClassifierHead
 from mlomae.models.linear import replace_linear_layers
 from mlomae.models.selection import PatchSelection
 
@@ -61,9 +62,14 @@ class Decoder(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Level 1's module: its output is the reconstruction error of every removed patch."""
+    """Level 1's module: its output is the reconstruction error of every removed patch.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        num_classes: of a linear classifier on the mean of the kept patches' tokens (SupMAE: Liang et al.,
+            arXiv 2205.14540); None for plain MAE.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int | None = None) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         self.norm_pix = config.norm_pix
@@ -72,32 +78,45 @@ class MaskedAutoencoder(nn.Module):
         self.predicts_all = config.predict == "all"
         replace_linear_layers(self)
         set_attention(self, config.attention)
+        # Last: encoder and decoder start from the same weights without it.
+        width = self.encoder.embed_dim
+        self.classifier = None if num_classes is None else ClassifierHead(width, num_classes)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether blocks are computed again in the backward pass instead of keeping their activations."""
         self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enabled
 
-    def reconstruct(
-        self, images: Tensor, selection: PatchSelection, ids_removed: Tensor | None = None
-    ) -> Tensor:
-        """Predicted patches [B, L, P] or, at ``ids_removed``, [B, L - K, P]; normalised with ``norm_pix``."""
-        latent = self.encoder(images, selection.ids_keep)
-        return self.decoder(latent, selection.ids_restore, ids_removed)
+    def reconstruct(self, images: Tensor, selection: PatchSelection) -> Tensor:
+        """Predicted patches [B, L, P]; normalised with ``norm_pix``."""
+        return self.decoder(self.encoder(images, selection.ids_keep), selection.ids_restore)
 
-    def forward(self, images: Tensor, selection: PatchSelection) -> Tensor:
-        """Per-patch errors.
+    def forward(
+        self, images: Tensor, selection: PatchSelection, classify: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Per-patch errors and, on request, what the classifier says.
 
         Args:
             images: [B, C, H, W], normalised.
             selection: which patches are kept.
+            classify: return logits too; only with a classifier.
 
         Returns:
-            [B, L], float32 or float64: mean squared error of each removed patch, 0 at kept ones.
+            [B, L], float32 or float64: mean squared error of each removed patch, 0 at kept ones; with
+            ``classify`` these and [B, classes].
         """
+        latent = self.encoder(images, selection.ids_keep)
+        errors = self._errors(latent, images, selection)
+        if not classify:
+            return errors
+        assert self.classifier is not None
+        return errors, self.classifier(pool_features(latent, "mean"))
+
+    def _errors(self, latent: Tensor, images: Tensor, selection: PatchSelection) -> Tensor:
+        """Of the patches that the decoder predicts from the latent [B, 1 + K, D]."""
         removed = None if self.predicts_all else selection.ids_removed
         # The loss is float32, whatever autocast did to the prediction.
         errors = mlomae_kernels.masked_patch_loss(
-            self.reconstruct(images, selection, removed),
+            self.decoder(latent, selection.ids_restore, removed),
             images,
             selection.mask if removed is None else removed,
             patch_size=self.patch_size,

@@ -43,12 +43,23 @@ class PatchSelection:
 
 
 class MaskPolicy:
-    """Chooses patches by the policy named in ``masking.policy``."""
+    """Chooses patches by the policy named in ``masking.policy``.
 
-    def __init__(self, config: MaskingConfig, grid: tuple[int, int], num_keep: int, seed: int) -> None:
+    Args:
+        config: section ``masking``.
+        grid: (rows, columns) of patches.
+        num_keep: K.
+        seed: of the run.
+        num_steps: batches of the run; read by ``hard``, whose masks become harder on the way.
+    """
+
+    def __init__(
+        self, config: MaskingConfig, grid: tuple[int, int], num_keep: int, seed: int, num_steps: int = 1
+    ) -> None:
         self.config = config
         self.grid = grid
         self.num_keep = num_keep
+        self.num_steps = num_steps
         self.noise_seed = stream_seed(seed, "mask", "noise")
         self.share_seed = stream_seed(seed, "mask", "random-share")
 
@@ -58,7 +69,7 @@ class MaskPolicy:
         """The training-time selection of one batch.
 
         Args:
-            scores: [B, L] of the masking network; read by the ``learned`` policy only.
+            scores: [B, L] of the masking network; read by ``learned`` and ``hard``.
             batch_size: B, images on this rank.
             step: counter of the batch; the same step gives the same selection.
             first_row: position of image 0 in the global batch.
@@ -73,6 +84,9 @@ class MaskPolicy:
         if policy == "learned":
             assert scores is not None
             keys = self._learned_keys(scores, noise, step, first_row)
+        elif policy == "hard":
+            assert scores is not None
+            keys = self._hard_keys(scores, noise, step)
         elif policy == "block":
             keys = block_keys(noise, self.grid)
         else:
@@ -93,6 +107,20 @@ class MaskPolicy:
             draw = counter_uniform(self.share_seed, step, first_row, (len(keys), 1), keys.device)
             keys = torch.where(draw < self.config.random_share, noise, keys)
         return keys
+
+    def _hard_keys(self, scores: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Noise, above which the patches lie that are removed because they are hard.
+
+        Of the removed patches a share that grows linearly with the steps are those with the highest scores:
+        a new network cannot rank patches, and what is hard alone is no sample of the image (HPM: Wang et al.,
+        CVPR 2023, section 3.3).
+        """
+        patches = noise.shape[1]
+        progress = min(1.0, step / max(1, self.num_steps - 1))
+        num_hard = round(self.config.hard_share * progress * (patches - self.num_keep))
+        ranked = scores.detach().to(torch.float32)
+        *_, hard = mlomae_kernels.select_patches(ranked, patches - num_hard)
+        return noise + hard
 
 
 def block_keys(noise: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 An outer iteration holds the most either in a pretrain step (kept patches and decoder), in the direction of
 the hypergradient (whole images of two batches), in the influence (copies of the weights), or in the steps of
-the small networks, where ZeRO's buffers are the largest.
+the small networks, where ZeRO's buffers are the largest. Policy hard has pairs of patches instead.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from mlomae.planning.parameters import Weights
 from mlomae.planning.sharding import Sharding
 
 GIB = 2**30
+# Copies of the number of each pair of patches that the loss of policy hard holds at once; measured.
+PAIR_COPIES = 5
 # Assumptions about a GPU, not derived from the code: CUDA's context with the libraries' kernels and
 # workspaces, NCCL's buffers, and what the allocator can not use of what it has reserved.
 CONTEXT_BYTES, NCCL_BYTES, LOST_SHARE = GIB, GIB // 2, 0.05
@@ -60,7 +62,7 @@ class Memory:
         config: its batch sizes are those of all ranks.
         sharding: of every level.
         precision: bf16, tf32 or float32, of the passes.
-        num_classes: of the head.
+        num_classes: of head and classifier.
     """
 
     config: Config
@@ -83,14 +85,15 @@ class Memory:
 
     @cached_property
     def autoencoder(self) -> Weights:
-        return self.encoder + parameters.decoder(self.config.model)
+        label = parameters.label_classifier(self.config, self.num_classes)
+        return self.encoder + parameters.decoder(self.config.model) + label
 
     @cached_property
     def small(self) -> list[Weights]:
         """Head and masking network, if there are any."""
-        if not self.config.masking.learns:
-            return []
-        return [parameters.head(self.config, self.num_classes), parameters.masking_network(self.config)]
+        masking = self.config.masking
+        heads = [parameters.head(self.config, self.num_classes)] * masking.learns
+        return heads + [parameters.masking_network(self.config)] * masking.scored
 
     @property
     def estimator(self) -> str:
@@ -143,6 +146,8 @@ class Memory:
             phases += [self._direction(), self._influence()]
             if self.sharding.zero in (1, 2):
                 phases.append(self._small_step())
+        elif self.config.masking.scored:
+            phases.append(self._hardness())
         return phases
 
     def worst(self) -> Phase:
@@ -158,7 +163,7 @@ class Memory:
         """Bytes of a pretrain batch with its mask and, where a network scores them, its patches."""
         model, images = self.config.model, self.rank_batch("pretrain")
         numbers = self._pixels()
-        if self.config.masking.learns:
+        if self.config.masking.scored:
             numbers += model.num_patches * SIZES[model.arch][0]
         # Positions are 64 bits long; the mask is float32.
         selection = 8 * self.config.num_keep + (8 + FLOAT32) * model.num_patches
@@ -193,7 +198,7 @@ class Memory:
         largest = max(layer.weights for layer in layers)
         # One batch is the caller's, who logs it; another one that of the step before.
         others = 1 + (config.pretrain.unroll_steps > 1)
-        scores = self.passes.masking(images) if config.masking.learns else 0
+        scores = self.passes.masking(images) if config.masking.scored else 0
         batches = (1 + others) * self.masked_batch()
         return self._phase(
             "pretrain step",
@@ -301,6 +306,24 @@ class Memory:
                 "direction v": v,
                 "copies of the weights": copies + self._slopes(recorded=True),
                 "batches": self._level_batches(),
+            },
+        )
+
+    def _hardness(self) -> Phase:
+        """The masking network's step under policy ``hard``: on the last pretrain batch and its pairs."""
+        (network,), images = self.small, self.rank_batch("pretrain")
+        buckets = self.sharding.buckets(network) if self.sharding.zero in (1, 2) else 0
+        step = self.passes.masking_step(images)
+        # In the loss the network holds half of what its step takes at the most.
+        loss = step // 2 + PAIR_COPIES * FLOAT32 * images * self.config.model.num_patches**2
+        return self._phase(
+            "step of the masking network",
+            {
+                "gradients": buckets + FLOAT32 * network.trainable,
+                "activations": max(step, loss),
+                "direction v": 0,
+                "copies of the weights": 0,
+                "batches": 2 * self.masked_batch(),
             },
         )
 

@@ -87,6 +87,11 @@ def head(config: Config, num_classes: int) -> Weights:
     return affine(width if config.data.has_label_maps else num_pooled(width, model.pool), num_classes)
 
 
+def label_classifier(config: Config, num_classes: int) -> Weights:
+    """Of ``pretrain.label_weight``; nothing where that is 0."""
+    return affine(SIZES[config.model.arch][0], num_classes) if config.pretrain.label_weight else Weights()
+
+
 def masking_network(config: Config) -> Weights:
     patches, hidden = config.model.num_patches, config.masking.hidden
     width = SIZES[config.model.arch][0]

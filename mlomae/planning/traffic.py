@@ -43,7 +43,9 @@ def transfers(memory: Memory) -> list[Transfer]:
     steps, parts = config.pretrain.unroll_steps, config.pretrain.micro_batches
     found = _step(memory, "pretrain", memory.autoencoder, steps, parts)
     if not config.masking.learns:
-        return found
+        # Policy hard steps its masking network in every iteration.
+        own = [entry for network in memory.small for entry in _step(memory, "mask", network, 1, 1)]
+        return [entry for entry in [*found, *own] if entry.total]
     due = 1 / config.hypergradient.every
     found += _direction(memory, due)
     found += _influence(memory, due)

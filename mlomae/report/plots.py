@@ -35,6 +35,10 @@ GROUPS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
                  "by its removal probability where the mask is learned."),
             Plot(("loss/reconstruction",), "Reconstruction error", "Mean error of the removed patches, "
                  "unweighted. It does not compare masks: one may choose easy patches."),
+            Plot(("loss/label",), "Label loss", "Of the classifier on the kept patches, part of the "
+                 "pretraining loss."),
+            Plot(("accuracy/label",), "Label accuracy", "Of the same classifier, on training batches.",
+                 Kind.SHARE),
         ),
     ),
     (
@@ -60,6 +64,8 @@ GROUPS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
     (
         "Mask",
         (
+            Plot(("loss/hardness",), "Hardness loss", "How well the scores rank removed patches by their "
+                 "error; 0.69 knows nothing."),
             Plot(("mask/entropy",), "Entropy", "Of the removal probabilities, in bits: 1 at 50 %, 0 where "
                  "the mask is certain."),
             Plot(("mask/saturation",), "Saturation", "Share of scores that hardly move any more.",
@@ -77,6 +83,7 @@ GROUPS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
             Plot(("lr/pretrain",), "Learning rate, pretraining", linear=True),
             Plot(("lr/head",), "Learning rate, head", linear=True),
             Plot(("lr/mask",), "Learning rate, mask", linear=True),
+            Plot(("lr/hardness",), "Learning rate, hardness", linear=True),
         ),
     ),
     (

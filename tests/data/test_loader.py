@@ -23,6 +23,7 @@ from mlomae.data.splits import make_splits
 from mlomae.data.stream import Stream
 from mlomae.data.transforms import normalise
 from mlomae.errors import UserError
+from tests.data.made_scenes import write_scenes
 
 MakeConfig = Callable[..., Config]
 LEVELS = ("pretrain", "head", "mask")
@@ -316,6 +317,31 @@ def test_a_policy_that_learns_needs_labels(
     assert loaders.head is None and loaders.mask is None and loaders.num_classes is None
     assert loaders.pretrain.next().labels is None
     assert all(batch.labels is None for batch in loaders.evaluation("test"))
+
+
+def test_a_label_loss_needs_classes_of_all_training_images(
+    make_config: MakeConfig, tmp_path: Path, fill_folder: Callable[..., None]
+) -> None:
+    fields = {"masking": {"policy": "random"}, "pretrain": {"label_weight": 0.5, "batch_size": 4}}
+    assert LevelLoaders(make_config(**fields)).pretrain.next().labels is not None
+
+    def refusal(dataset: str, name: str, **data: Any) -> str:
+        data = {"dataset": dataset, "path": tmp_path / name, **data}
+        with pytest.raises(UserError) as caught:
+            LevelLoaders(make_config(model={"in_chans": 3}, data=data, **fields))
+        return str(caught.value)
+
+    message = "pretrain.label_weight: needs a class for every training image, found {}; set it to 0"
+    fill_folder(tmp_path / "plain", 60)
+    assert refusal("folder", "plain") == message.format("no labels")
+    write_scenes(tmp_path / "scenes", "training", 60)
+    write_scenes(tmp_path / "scenes", "validation", 1, first=60)
+    assert refusal("scenes", "scenes", num_classes=3, void=(7,)) == message.format("label maps")
+    for number, name in enumerate(("cat", "dog", "unlabelled")):
+        fill_folder(tmp_path / "partly" / name, 30, first_seed=100 * number)
+    partly = refusal("folder", "partly")
+    found = re.fullmatch(re.escape(message).replace(re.escape("{}"), r"30 of (\d+) without one"), partly)
+    assert found and 30 < int(found[1]) < 90
 
 
 @pytest.mark.parametrize("level, part", [("pretrain", "train"), ("head", "train"), ("mask", "heldout")])

@@ -97,6 +97,7 @@ EFFECTS: dict[str, Effect] = {
     "masking.selection": on_training("topk"),
     "masking.temperature": on_training(9.0),
     "masking.random_share": on_training(0.9),
+    "masking.hard_share": on("hard masks", 0.9),  # test_controls.py
     "data.dataset": on("images", "folder"),
     "data.path": on("images", None),
     # These four: tests/integration/test_data_sets.py.
@@ -115,6 +116,7 @@ EFFECTS: dict[str, Effect] = {
     # Of label maps: test_segmentation_teacher.py.
     **{f"data.{f}": on("scenes", 1) for f in ("train", "test", "num_classes", "first_label", "void")},
     **of_rates("pretrain", unroll_steps=on_training(1), micro_batches=on("micro-batches", 2)),
+    "pretrain.label_weight": on_training(0.5),
     **of_rates("head"),
     **of_rates("mask"),
     "hypergradient.estimator": on_training("jvp"),
@@ -132,8 +134,7 @@ EFFECTS: dict[str, Effect] = {
     "eval.batch_size": on("evaluation batches", 100),
     "eval.knn_k": on("accuracy", 300),
     "eval.pixels": on("result", True),
-    "failure.lost_after": on("lost ranks", 5.0),  # this and the next: tests/failure
-    "failure.stuck_after": on("stuck ranks", 5.0),
+    **{f"failure.{f}": on("lost ranks", 5.0) for f in ("lost_after", "stuck_after")},  # tests/failure
 }
 
 

@@ -15,7 +15,7 @@ from mlomae.models.selection import NUM_BLOCKS, MaskPolicy, PatchSelection
 from mlomae.sections import MaskingConfig
 
 CPU = torch.device("cpu")
-POLICIES = ("learned", "random", "fixed", "weighted-random", "block")
+POLICIES = ("learned", "random", "fixed", "weighted-random", "block", "hard")
 
 
 def _policy(
@@ -169,3 +169,25 @@ def test_blocks_lie_elsewhere_in_every_image() -> None:
     frequency = mask.mean(dim=0)
     assert len(mask.unique(dim=0)) > 350
     assert frequency.min() > 0.2 and frequency.max() < 0.8
+
+
+def test_hard_masks_are_random_at_first_and_hold_their_share_of_the_hardest_at_the_end() -> None:
+    batch, patches, keep, steps = 32, 24, 8, 11
+    scores = torch.randn(batch, patches, generator=torch.Generator().manual_seed(2))
+    config = MaskingConfig.model_validate({"policy": "hard", "hard_share": 0.75})
+    policy = MaskPolicy(config, (4, 6), keep, 0, num_steps=steps)
+    random = MaskPolicy(MaskingConfig.model_validate({"policy": "random"}), (4, 6), keep, 0)
+    order = scores.argsort(dim=1, descending=True)
+
+    def mask(step: int) -> Tensor:
+        return policy.select(scores, batch, step, 0, CPU).mask
+
+    assert torch.equal(mask(0), random.select(None, batch, 0, 0, CPU).mask)
+    for step, num_hard in ((5, 6), (10, 12), (99, 12)):  # of 16 removed: 0.75 * 5/10, 0.75, and no more
+        found = mask(step)
+        assert found.gather(1, order[:, :num_hard]).all()
+        # The others are drawn from all other patches alike: no rank is preferred, none is left out.
+        rest = found.gather(1, order[:, num_hard:]).mean(dim=0)
+        expected = (16 - num_hard) / (patches - num_hard)
+        assert rest.mean().item() == pytest.approx(expected)
+        assert (rest - expected).abs().max() < 4.5 * (expected * (1 - expected) / batch) ** 0.5

@@ -43,6 +43,14 @@ PIXELS = {"data.dataset": "scenes", "data.num_classes": 60, "data.heldout_fracti
 CASES: dict[str, Fields] = {
     "learned": {},
     "random": {"masking.policy": "random"},
+    "hard": {"masking.policy": "hard"},
+    "hard, many patches": {
+        "masking.policy": "hard",
+        "model.patch_size": 2,
+        "model.arch": "vit_pico",
+        "model.decoder_dim": 16,
+    },
+    "labels": {"pretrain.label_weight": 0.5, "masking.policy": "random"},
     "bf16": {"compute.precision": "bf16"},
     "bf16, random": {"compute.precision": "bf16", "masking.policy": "random"},
     "micro-batches": {"pretrain.micro_batches": 4, "head.batch_size": 4, "mask.batch_size": 4},

@@ -24,10 +24,12 @@ def test_prediction_is_within_a_tenth_of_the_measured_peak(case: str, tmp_path: 
 @pytest.mark.parametrize("network", ["token", "mlp"])
 def test_parameters_are_those_of_the_modules(network: str) -> None:
     config = tiny_config({**SMALL, "masking.network": network, "data.path": "nowhere"})
+    labelled = tiny_config({**SMALL, "pretrain.label_weight": 1, "data.path": "nowhere"})
     model = config.model
     width = 96
     modules = {
         MaskedAutoencoder(model): parameters.encoder(model) + parameters.decoder(model),
+        ClassifierHead(width, 7): parameters.label_classifier(labelled, 7),
         ClassifierHead(width, 7): parameters.head(config, 7),
         build_masking_network(config.masking, model.grid, width): parameters.masking_network(config),
     }

@@ -92,7 +92,7 @@ def test_picture_where_it_is_asked_for_and_own_estimator(
         (["nowhere"], "--config nowhere/config.yaml: cannot be read"),
         (["--config", "absent.yaml"], "--config absent.yaml: cannot be read"),
         (["--config", "RECIPE", "--images", "0"], "found '0', expected a whole number above 0"),
-        (["--config", "RECIPE", "--masking.policy", "random"], "masking.policy: random learns no mask"),
+        (["--config", "RECIPE", "--masking.policy", "random"], "masking.policy: random has no hypergradient"),
         (["--config", "RECIPE", "--hypergradient.radius", "2"], "hypergradient.radius: "),
         (["--config", "RECIPE", "--plot", "/nowhere/x.png"], "--plot /nowhere/x.png: cannot be written"),
     ],

@@ -190,8 +190,9 @@ def test_flops_are_those_of_the_iterations_that_are_profiled() -> None:
         assert parts["pretrain backward"] < 2 * parts["pretrain forward"]  # no gradient of the images
     never = part_flops(config, 10, "fd", 0.0)
     assert {part for part, flops in never.items() if not flops} == {"direction", "influence", "mask step"}
-    plain = tiny_config({"masking.policy": "random"})
-    assert sum(part_flops(plain, 0, None, 0.0).values()) == sum(iteration_flops(plain).values())
+    for fields in ({"masking.policy": "random"}, {"masking.policy": "hard", "pretrain.label_weight": 0.5}):
+        plain = tiny_config(fields)
+        assert sum(part_flops(plain, 10, None, 0.0).values()) == sum(iteration_flops(plain, 10).values())
 
 
 def test_a_range_is_nothing_while_nobody_profiles() -> None:
