@@ -85,7 +85,10 @@ class Scheduler:
             for words in commands(self._study, run):
                 if self._stopping.is_set():
                     return "stopped"
-                if (reason := self._call(words, run, gpu)) is not None:
+                reason = self._call(words, run, gpu)
+                if self._stopping.is_set():
+                    return "stopped"
+                if reason is not None:
                     self._tell(f"{place} {run.name}: failed: {reason}")
                     return reason
                 done = True
