@@ -93,6 +93,12 @@ class PretrainLevel(ReadingLevel[LevelConfig]):
         """
         with profiled("selection"):
             masked = self.mask(batch)
+        return self.step_masked(masked, iteration, record)
+
+    def step_masked(
+        self, masked: MaskedBatch, iteration: int, record: bool = False
+    ) -> tuple[MaskedBatch, Metrics]:
+        """``step`` on a batch whose patches are chosen."""
         *parts, last = masked.split(self.micro_batches)
         figures, errors = list[Metrics](), list[Tensor]()
 
