@@ -1,8 +1,8 @@
 """What could a masking network reach at best? Every patch weighed by its exact influence, step by step.
 
-A masking network predicts from an image which patches help the held-out loss. Here nothing is predicted: before
-each pretrain step the influence of all its patches is computed, and becomes their scores. That costs several
-times a plain step and is no method; it shows what the signal itself is worth, without the error of the network.
+A masking network predicts from an image which patches help the held-out loss. Here nothing is predicted:
+before each pretrain step the influence of all its patches is computed, and becomes their scores. That costs
+several times a plain step and is no method; it shows what the signal is worth, without the network's error.
 """
 
 from __future__ import annotations
