@@ -79,7 +79,10 @@ class Scheduler:
     def _settle(self, run: PlannedRun, source: Future[str | None] | None, place: str) -> str | None:
         """One run; returns why it failed."""
         if source is not None and source.result() is not None:
-            return f"starts from {run.source}, which failed"
+            lacks = f"starts from {run.source}, which has no encoder"
+            if not self._stopping.is_set():
+                self._tell(f"{place} {run.name}: {lacks}")
+            return lacks
         gpu, done = self._free.get(), False
         try:
             for words in commands(self._study, run):

@@ -68,7 +68,7 @@ def test_every_run_is_trained_evaluated_and_told(done: Path) -> None:
 @pytest.mark.slow
 def test_what_fails_is_named_with_its_reason_and_stops_nothing_else(done: Path) -> None:
     printed = (done / "printed").read_text()
-    assert "broken/4-seed0: train ended with 2: " in printed and "not finite" in printed
+    assert "broken/4-seed0: failed: train ended with 2: " in printed and "not finite" in printed
     assert "after-it/4-seed0: starts from" in printed
     assert not list((done / "out" / "runs" / "after-it").glob("*/config.yaml"))
 
