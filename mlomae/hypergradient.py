@@ -215,9 +215,8 @@ class Hypergradient:
 
     def _choose(self) -> tuple[str, bool]:
         """The estimator, and whether it runs in full float32 whatever the engine's precision."""
-        name, precision = self.config.estimator, self.config.precision
-        if name == "auto":
-            name = "jvp" if self.autocast and self.space.has_whole_vectors else "fd"
+        name = self.config.resolve_estimator(self.autocast, self.space.has_whole_vectors)
+        precision: str = self.config.precision
         if precision == "auto":
             precision = "float32" if name in ("fd", "exact") else "engine"
         where = f"hypergradient.estimator: {name}"

@@ -344,6 +344,17 @@ class HypergradientConfig(Section):
     )
     share: float = Field(1.0, gt=0, le=1, description="share of the pretrain batch whose influence is taken")
 
+    def resolve_estimator(self, bf16: bool, whole_weights: bool) -> str:
+        """What ``auto`` stands for; other names are what they are.
+
+        Args:
+            bf16: whether the passes run under bf16 autocast.
+            whole_weights: whether every rank has whole weights, which ZeRO 3 does not keep.
+        """
+        if self.estimator != "auto":
+            return self.estimator
+        return "jvp" if bf16 and whole_weights else "fd"
+
 
 class ComputeConfig(Section):
     """How the arithmetic is carried out: speed, memory and rounding, never the method."""

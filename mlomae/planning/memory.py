@@ -98,13 +98,11 @@ class Memory:
     @property
     def estimator(self) -> str:
         """Of the influence, as a run resolves ``auto``."""
-        name = self.config.hypergradient.estimator
+        name = self.config.hypergradient.resolve_estimator(self.product == BF16, self.sharding.zero < 3)
         if name == "exact":
             raise UserError(
                 "hypergradient.estimator: exact is for tiny models and has no plan; use fd or jvp"
             )
-        if name == "auto":
-            return "jvp" if self.product == BF16 and self.sharding.zero < 3 else "fd"
         return name
 
     def rank_batch(self, level: str) -> int:

@@ -76,11 +76,11 @@ def gallery(runs: Sequence[Run]) -> Gallery:
 
 def _film(runs: Sequence[Run], films: Sequence[Film | None], latest: Sequence[Latest | None]) -> Section:
     section = Section()
-    known = [film for run, film in zip(runs, films, strict=True) if film is not None and run.scored]
+    known = [film for run, film in zip(runs, films, strict=True) if film is not None and run.masking.scored]
     limits = maps.probability_bounds(known) if known else (0.0, 1.0)
     section.scales.append(maps.share_scale(*limits))
     for number, (run, film, picture) in enumerate(zip(runs, films, latest, strict=True)):
-        if not run.scored:
+        if not run.masking.scored:
             section.lacks(run, f"a {run.policy} mask does not learn, and stays as it is")
         elif film is None:
             section.lacks(run, f"no {FILM} {_WHY}")
@@ -95,7 +95,7 @@ def _positions(runs: Sequence[Run], latest: Sequence[Latest | None]) -> Section:
     found: list[tuple[int, maps.Shares, Grid, str]] = []
     for number, (run, picture) in enumerate(zip(runs, latest, strict=True)):
         if picture is not None:
-            how = "without noise" if run.selects_by_score else "one draw for each image"
+            how = "without noise" if run.masking.selects_by_score else "one draw for each image"
             note = f"Held-out sample at iteration {picture.step:,}, {how}."
             found.append((number, picture.frequency, picture.grid, note))
         elif run.frequency is not None:

@@ -17,7 +17,7 @@ from mlomae.config import Config, dump_config, flatten
 from mlomae.errors import UserError
 from mlomae.report.lines import read_lines, read_object
 from mlomae.report.series import Floats, Series
-from mlomae.sections import LEARNING, SCORED, SELECTING
+from mlomae.sections import MaskingConfig
 
 LAST_LINES = 10
 """Log lines whose frequency by position is averaged: one alone is a single batch, mostly noise."""
@@ -58,19 +58,15 @@ class Run:
         return str(self.config["masking.policy"])
 
     @property
+    def masking(self) -> MaskingConfig:
+        """What its policy stands for; not checked, and with defaults in all other fields."""
+        fields: dict[str, Any] = {"policy": self.policy}
+        return MaskingConfig.model_construct(**fields)
+
+    @property
     def learns(self) -> bool:
         """Whether a hypergradient trains the masking network."""
-        return self.policy in LEARNING
-
-    @property
-    def scored(self) -> bool:
-        """Whether this run trains a masking network."""
-        return self.policy in SCORED
-
-    @property
-    def selects_by_score(self) -> bool:
-        """Whether its scores say what is removed, apart from noise."""
-        return self.policy in SELECTING
+        return self.masking.learns
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -38,14 +38,11 @@ class Compared:
 
     Attributes:
         rows: its runs, by seed.
-        against: its baseline; None for one that is a baseline.
-        differences: figure → to the baseline.
+        differences: figure → to its baseline; empty for a baseline.
     """
 
     arm: str
-    budget: Budget
     rows: tuple[Row, ...]
-    against: str | None
     differences: dict[str, Difference]
 
     def mean(self, figure: str) -> float:
@@ -65,7 +62,7 @@ def compare(results: Results, budget: Budget) -> list[Compared]:
         if rows:
             base = {} if arm.against is None else _by_seed(results.rows, arm.against, budget)
             pairs = [(row, base[seed]) for seed, row in rows.items() if seed in base]
-            found.append(Compared(name, budget, tuple(rows.values()), arm.against, dict(_differences(pairs))))
+            found.append(Compared(name, tuple(rows.values()), dict(_differences(pairs))))
     return found
 
 

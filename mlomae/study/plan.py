@@ -58,8 +58,15 @@ class Evaluation(Section):
             UserError: there is no such recipe.
         """
         recipe = [] if self.config is None else ["--config", str(find_recipe(self.config))]
-        fields = [word for field, value in in_yaml(self.set).items() for word in (f"--{field}", value)]
-        return ["eval", task, str(run), "--out", str(self.folder(task, run)), *recipe, *fields]
+        return [
+            "eval",
+            task,
+            str(run),
+            "--out",
+            str(self.folder(task, run)),
+            *recipe,
+            *as_flags(in_yaml(self.set)),
+        ]
 
     def folder(self, task: str, run: Path) -> Path:
         """Of the results; another one for other settings.
@@ -126,6 +133,16 @@ class PlannedRun:
         """Of its folder."""
         return self.config.run_dir
 
+    @property
+    def trained(self) -> bool:
+        """Whether its folder holds a result."""
+        return (self.path / "result.json").exists()
+
+    @property
+    def flags(self) -> list[str]:
+        """Of ``mlomae train``, beside the recipe."""
+        return [*as_flags(self.settings), "--run-dir", str(self.path)]
+
     def digest(self, study: Study) -> str:
         """Of everything that decides its figures: by this a results file knows it again."""
         # Without defaults: fields that are added to the configuration later do not change it.
@@ -148,6 +165,11 @@ def in_yaml(settings: Settings) -> dict[str, str]:
         field: yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]
         for field, value in flatten(settings).items()
     }
+
+
+def as_flags(fields: Mapping[str, str]) -> list[str]:
+    """{'pretrain.lr': '1e-4'} → ['--pretrain.lr', '1e-4']."""
+    return [word for field, value in fields.items() for word in (f"--{field}", value)]
 
 
 def load_study(path: Path) -> Study:

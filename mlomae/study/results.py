@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from pydantic import ValidationError
 
 from mlomae import __version__
@@ -126,7 +127,7 @@ def gather(study: Study, planned: Sequence[PlannedRun], before: Results | None) 
         assert told.result is not None and told.environment is not None
         machine = machine or {name: told.environment.get(name) for name in _MACHINE}
         about = run.arm, run.seed, run.budgets, run.config.iterations, run.pretrain_steps, run.flops
-        rows.append(Row(digest, *about, told.result["seconds"], figures, _curves(told)))
+        rows.append(Row(digest, *about, told.result["seconds"], figures, curves(told)))
     return Results(study, len(planned), tuple(rows), machine)
 
 
@@ -149,9 +150,11 @@ def _figures(study: Study, run: PlannedRun) -> dict[str, float] | None:
     return figures
 
 
-def _curves(run: Run) -> dict[str, tuple[list[int], list[float]]]:
-    found = {name: run.scalars[name].thinned(_POINTS) for name in CURVES if name in run.scalars}
-    return {
-        name: (series.steps.tolist(), [float(f"{value:.4g}") for value in series.values])
-        for name, series in found.items()
-    }
+def curves(run: Run) -> dict[str, tuple[list[int], list[float]]]:
+    """At evenly spaced lines of the log: at the same steps in all runs of an arm, whose mean is drawn."""
+    found = {}
+    for name in (name for name in CURVES if name in run.scalars):
+        steps, values = run.scalars[name].steps, run.scalars[name].values
+        chosen = np.linspace(0, len(steps) - 1, min(len(steps), _POINTS)).round().astype(int)
+        found[name] = steps[chosen].tolist(), [float(f"{value:.4g}") for value in values[chosen]]
+    return found

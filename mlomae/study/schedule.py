@@ -24,8 +24,7 @@ def commands(study: Study, run: PlannedRun) -> Iterator[list[str]]:
         UserError: its folder holds a run with other settings.
     """
     if RunDir(run.path, run.config).claim(primary=False) is not Status.COMPLETE:
-        settings = [word for field, value in run.settings.items() for word in (f"--{field}", value)]
-        yield ["train", "--config", str(study.recipe), *settings, "--run_dir", str(run.path)]
+        yield ["train", "--config", str(study.recipe), *run.flags]
     for task, evaluation in study.evaluate.items():
         if not (evaluation.folder(task, run.path) / "result.json").exists():
             yield evaluation.words(task, run.path)

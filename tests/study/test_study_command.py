@@ -10,13 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from mlomae.cli import main
 from mlomae.errors import Preempted
+from mlomae.report.reading import read_runs
 from mlomae.study import schedule
 from mlomae.study.plan import load_study, plan_runs
+from mlomae.study.results import curves
 from mlomae.study.schedule import Scheduler, commands
 from tests.architecture.source_tree import ROOT
 from tests.study.made import ARMS, results, write_study
@@ -261,3 +264,18 @@ def test_what_is_left_becomes_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_an_unknown_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(write_study(tmp_path)), "--job", "2"]) == 2
     assert "did you mean '--jobs'?" in capsys.readouterr().err
+
+
+def test_curves_of_long_runs_are_taken_at_the_same_steps(tmp_path: Path) -> None:
+    found = []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        lines = [{"step": 10 * n, "mask/agreement": float(rng.random())} for n in range(1, 1001)]
+        run = tmp_path / str(seed)
+        run.mkdir()
+        (run / "config.yaml").write_text("masking: {policy: random}\n")
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (told,) = read_runs([run])
+        found.append(curves(told)["mask/agreement"])
+    (steps, values), (others, _) = found
+    assert steps == others and (steps[0], steps[-1]) == (10, 10_000) and len(steps) == len(values) == 40
