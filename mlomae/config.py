@@ -110,12 +110,7 @@ def load_tree(path: Path | None, overrides: dict[str, str], root: type[Tree]) ->
     tree: dict[str, Any] = {}
     if path is not None:
         path = find_recipe(path)
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or an impossible date
-            raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        loaded = read_yaml(path, f"--config {path}")
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"--config {path}: found {type(loaded).__name__}, expected a mapping of fields")
         tree = loaded or {}
@@ -125,6 +120,23 @@ def load_tree(path: Path | None, overrides: dict[str, str], root: type[Tree]) ->
         return root.model_validate(tree)
     except ValidationError as error:
         raise UserError(describe(error, root)) from None
+
+
+def read_yaml(path: Path, where: str) -> Any:
+    """Whatever a YAML file holds.
+
+    Args:
+        where: begins the message of an error.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or an impossible date
+        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def dump_config(config: Section) -> str:

@@ -75,13 +75,10 @@ def _train(config: Config) -> dict[str, Any]:
 
 
 def test_exact_influence(
-    request: pytest.FixtureRequest, report: Report, smoke: list[str], work_dir: Path
+    request: pytest.FixtureRequest, cifar10: Path, report: Report, smoke: list[str], work_dir: Path
 ) -> None:
-    shards = request.config.getoption("cifar10")
-    if shards is None:
-        pytest.skip("--cifar10 DIR names no folder of CIFAR-10 shards (train-*.tar, test-*.tar)")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    data = {"data.path": str(Path(shards).resolve()), "loggers": "[]", "display": "quiet"}
+    data = {"data.path": str(cifar10), "loggers": "[]", "display": "quiet"}
     data |= {name.removeprefix("--"): value for name, value in zip(smoke[::2], smoke[1::2], strict=True)}
     rows: list[dict[str, Any]] = []
     for seed in request.config.getoption("seeds"):

@@ -33,14 +33,11 @@ SHOWN = (
 
 
 def test_mask_health(
-    request: pytest.FixtureRequest, report: Report, smoke: list[str], work_dir: Path
+    request: pytest.FixtureRequest, cifar10: Path, report: Report, smoke: list[str], work_dir: Path
 ) -> None:
-    shards = request.config.getoption("cifar10")
-    if shards is None:
-        pytest.skip("--cifar10 DIR names no folder of CIFAR-10 shards (train-*.tar, test-*.tar)")
     run_dir = work_dir / "mask-health"
     length = ["--iterations", str(ITERATIONS), "--log-every", str(LOG_EVERY), "--picture-every", "500"]
-    data = ["--data.path", str(Path(shards).resolve())]
+    data = ["--data.path", str(cifar10)]
     result = train(run_dir, *length, *data, *smoke, recipe=RECIPE).result
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

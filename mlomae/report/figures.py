@@ -35,6 +35,9 @@ class Name:
 _SHARES = {
     "knn_accuracy": "k-NN accuracy",
     "linear_accuracy": "Linear probe",
+    "finetune_accuracy": "Fine-tuned",
+    "segment_miou": "Segmentation, mIoU",
+    "detect_ap": "Detection, AP",
     "head_miou": "mIoU of the head",
     "head_pixel_accuracy": "Pixel accuracy of the head",
     "pixel_knn_accuracy": "k-NN on raw pixels",

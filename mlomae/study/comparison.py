@@ -83,4 +83,7 @@ def _by_seed(rows: Sequence[Row], arm: str, budget: Budget) -> Mapping[int, Row]
 
 def _differences(pairs: Sequence[tuple[Row, Row]]) -> Iterator[tuple[str, Difference]]:
     for figure in pairs[0][0].figures if pairs else ():
+        # An evaluation may be that of some arms only.
+        if figure not in pairs[0][1].figures:
+            continue
         yield figure, difference([row.figures[figure] - base.figures[figure] for row, base in pairs])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mlomae.arguments import did_you_mean
-from mlomae.config import RESUMABLE_CHANGES, Config, flatten, load_config
+from mlomae.config import RESUMABLE_CHANGES, Config, flatten, load_config, read_yaml
 from mlomae.config_errors import describe
 from mlomae.errors import UserError
 from mlomae.flops import iteration_flops
@@ -46,8 +46,9 @@ class Arm(Section):
 
 
 class Evaluation(Section):
-    """One evaluation of every encoder, beside those at the end of a run."""
+    """One evaluation of encoders, beside those at the end of a run."""
 
+    arms: tuple[str, ...] | None = Field(None, description="whose encoders; all without it")
     config: Path | None = Field(None, description="recipe of `mlomae eval`")
     set: Settings = Field({}, description="fields, dotted or nested, on top of the recipe")
 
@@ -95,12 +96,18 @@ class Study(Section):
     budgets: tuple[Budget, ...] = Field(("flops",), min_length=1)
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     arms: dict[str, Arm] = Field({"random": Arm()}, min_length=1)
-    evaluate: dict[Task, Evaluation] = Field({}, description="evaluations of every encoder")
+    evaluate: dict[Task, Evaluation] = Field({}, description="evaluations of encoders")
 
     def seeds_of(self, arm: str) -> frozenset[int]:
         """The seeds of an arm's runs."""
         own = self.arms[arm].seeds
         return frozenset(self.seeds if own is None else own)
+
+    def evaluations_of(self, arm: str) -> dict[Task, Evaluation]:
+        """The evaluations of an arm's encoders."""
+        return {
+            task: found for task, found in self.evaluate.items() if found.arms is None or arm in found.arms
+        }
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,8 @@ class PlannedRun:
         decides = {name: value for name, value in fields.items() if name not in RESUMABLE_CHANGES}
         if self.source is not None:
             decides["model.weights"] = "/".join(self.source.parts[-2:])
-        evaluations = [evaluation.folder(task, Path()).name for task, evaluation in study.evaluate.items()]
+        chosen = study.evaluations_of(self.arm).items()
+        evaluations = [evaluation.folder(task, Path()).name for task, evaluation in chosen]
         return hashlib.sha256(json.dumps([decides, evaluations], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -178,12 +186,7 @@ def load_study(path: Path) -> Study:
     Raises:
         UserError: one line naming the file or field, what was found and what would be right.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"study {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"study {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    tree = read_yaml(path, f"study {path}")
     if not isinstance(tree, dict) or not isinstance(tree.get("arms"), dict):
         raise UserError(f"study {path}: expected a mapping with the field arms; see docs/studies.md")
     try:
@@ -199,6 +202,10 @@ def load_study(path: Path) -> Study:
 def _check(study: Study) -> None:
     """Refuses names and settings that do not go together."""
     _refuse_owned("set", study.set)
+    for task, evaluation in study.evaluate.items():
+        for name in evaluation.arms or ():
+            if name not in study.arms:
+                raise UserError(f"evaluate.{task}.arms: {name!r} is no arm; {did_you_mean(name, study.arms)}")
     for name, arm in study.arms.items():
         where = f"arms.{name}"
         if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
@@ -234,43 +241,47 @@ def plan_runs(study: Study, runs: Path, estimator: str | None = None) -> list[Pl
     Raises:
         UserError: a setting is wrong; or the budget of an arm does not buy one iteration.
     """
-    planned: dict[str, PlannedRun] = {}
+    lengths = {name: _lengths(study, name, estimator) for name in study.arms}
     seeds = sorted({seed for name in study.arms for seed in study.seeds_of(name)})
     # A run whose encoder others start from comes before them.
     names = sorted(study.arms, key=lambda name: study.arms[name].start_from is not None)
+    planned: list[PlannedRun] = []
     for seed in seeds:
         for name in (name for name in names if seed in study.seeds_of(name)):
-            for run in _runs_of(study, name, seed, runs, planned, estimator):
-                known = planned.get(run.name)
-                budgets = run.budgets if known is None else tuple(dict.fromkeys(known.budgets + run.budgets))
-                planned[run.name] = replace(run, budgets=budgets)
-    return list(planned.values())
+            start_from = study.arms[name].start_from
+            source = next((run.path for run in planned if (run.arm, run.seed) == (start_from, seed)), None)
+            for iterations, budgets in lengths[name].items():
+                settings = {"seed": str(seed), "iterations": str(iterations)}
+                folder = runs / f"{name}/{iterations}-seed{seed}"
+                config = _resolve(study, name, settings | {"run_dir": str(folder)}, source)
+                flops = iterations * _flops(config, estimator)
+                words = _settings(study, name, source) | settings
+                planned.append(PlannedRun(name, seed, budgets, words, config, flops, source))
+    return planned
 
 
-def _runs_of(
-    study: Study, name: str, seed: int, runs: Path, planned: Mapping[str, PlannedRun], estimator: str | None
-) -> Iterator[PlannedRun]:
-    arm, baseline = study.arms[name], study.arms[study.arms[name].against or name]
-    steps = baseline.steps or study.steps
-    source = None
-    if arm.start_from is not None:
-        source = next(run.path for run in planned.values() if (run.arm, run.seed) == (arm.start_from, seed))
-    own = _resolve(study, name, {}, source)
-    flops = sum(iteration_flops(own, estimator=estimator).values())
+def _lengths(study: Study, name: str, estimator: str | None) -> dict[int, tuple[Budget, ...]]:
+    """Outer iterations that an arm takes, and the budgets under which it takes so many."""
+    arm, base = study.arms[name], study.arms[name].against or name
+    own, lower = (_resolve(study, arm_or_base, {}, None) for arm_or_base in (name, base))
+    steps = study.arms[base].steps or study.steps
+    found: dict[int, tuple[Budget, ...]] = {}
     for budget in arm.budgets or study.budgets:
         iterations = steps / own.pretrain.unroll_steps
         if budget == "flops":
-            lower = _resolve(study, arm.against or name, {}, None)
-            spent = sum(iteration_flops(lower, estimator=estimator).values()) / lower.pretrain.unroll_steps
-            iterations = steps * spent / flops
+            iterations = (
+                steps / lower.pretrain.unroll_steps * _flops(lower, estimator) / _flops(own, estimator)
+            )
         whole = round(iterations)
         if not whole:
             raise UserError(f"arms.{name}: {steps} steps of its baseline do not buy one outer iteration")
-        settings = {"seed": str(seed), "iterations": str(whole)}
-        folder = runs / f"{name}/{whole}-seed{seed}"
-        config = _resolve(study, name, settings | {"run_dir": str(folder)}, source)
-        words = _settings(study, name, source) | settings
-        yield PlannedRun(name, seed, (budget,), words, config, flops * whole, source)
+        found[whole] = (*found.get(whole, ()), budget)
+    return found
+
+
+def _flops(config: Config, estimator: str | None) -> float:
+    """Of one outer iteration."""
+    return sum(iteration_flops(config, estimator=estimator).values())
 
 
 def _settings(study: Study, name: str, source: Path | None) -> dict[str, str]:

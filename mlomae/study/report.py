@@ -53,6 +53,9 @@ def _cells(arm: Compared, figures: Sequence[str]) -> Iterator[str]:
     yield f"{first.flops / 1e12:,.3g}"
     yield f"{fmean(row.seconds for row in arm.rows):,.0f}"
     for figure in figures:
+        if figure not in first.figures:
+            yield from ("", "")
+            continue
         sd = arm.sd(figure)
         yield f"{100 * arm.mean(figure):.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
         found = arm.differences.get(figure)

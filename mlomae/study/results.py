@@ -142,7 +142,7 @@ def _figures(study: Study, run: PlannedRun) -> dict[str, float] | None:
     if result is None:
         return None
     figures = {name: result[name] for name in _AT_THE_END if result.get(name) is not None}
-    for task, evaluation in study.evaluate.items():
+    for task, evaluation in study.evaluations_of(run.arm).items():
         found = read_object(evaluation.folder(task, run.path) / "result.json")
         if found is None:
             return None

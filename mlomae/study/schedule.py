@@ -25,7 +25,7 @@ def commands(study: Study, run: PlannedRun) -> Iterator[list[str]]:
     """
     if RunDir(run.path, run.config).claim(primary=False) is not Status.COMPLETE:
         yield ["train", "--config", str(study.recipe), *run.flags]
-    for task, evaluation in study.evaluate.items():
+    for task, evaluation in study.evaluations_of(run.arm).items():
         if not (evaluation.folder(task, run.path) / "result.json").exists():
             yield evaluation.words(task, run.path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,22 @@ def test_table_has_a_row_for_each_arm_in_points() -> None:
     assert random == "| random | 2 | 8 | 2 | 10 | 41.00 ± 1.41 |  |"
     assert learned == "| learned | 2 | 8 | 2 | 10 | 43.00 ± 1.41 | **+2.00 ± 0.00** |"
     assert alone == "| alone | 1 | 8 | 2 | 10 | 50.00 | +10.00 |"
+
+
+def test_an_evaluation_may_be_that_of_some_arms() -> None:
+    made = results({"random": [0.40, 0.42], "learned": [0.42, 0.44], "block": [0.5, 0.5]})
+    tuned = {"random": [0.6, 0.7], "learned": [0.62, 0.72]}
+    rows = tuple(
+        replace(row, figures=row.figures | {"finetune_accuracy": tuned[row.arm][row.seed]})
+        if row.arm in tuned
+        else row
+        for row in made.rows
+    )
+    head, _, random, learned, block = table(replace(made, rows=rows), "flops").splitlines()
+    assert head.endswith("| k-NN accuracy | Δ | Fine-tuned | Δ |")
+    assert random.endswith("| 65.00 ± 7.07 |  |")
+    assert learned.endswith("| 67.00 ± 7.07 | **+2.00 ± 0.00** |")
+    assert block.endswith("| +9.00 ± 12.71 |  |  |")
 
 
 def test_page_tells_of_every_budget_and_how_much_is_done() -> None:

@@ -88,6 +88,9 @@ def test_digest_tells_runs_apart_by_what_decides_their_figures(tmp_path: Path) -
     assert digests(set={"log_every": 7}) == first
     for fields in ({"set": {"pretrain.lr": 1e-5}}, {"seeds": [1]}, {"steps": 800}, {"evaluate": {"knn": {}}}):
         assert not set(first) & set(digests(**fields))
+    # An evaluation of some arms leaves the figures of the others as they were.
+    some = digests(evaluate={"knn": {"arms": ["learned"]}})
+    assert len(set(first) & set(some)) == 2
 
 
 def test_another_evaluation_has_another_folder(tmp_path: Path) -> None:
@@ -123,6 +126,10 @@ def test_another_evaluation_has_another_folder(tmp_path: Path) -> None:
         ("budget: [steps]", "budget: unknown key; did you mean 'budgets'?"),
         ("budgets: [time]", "budgets.0: input should be 'steps' or 'flops', found 'time'"),
         ("evaluate: {knm: {}}", "evaluate.knm"),
+        (
+            "evaluate: {knn: {arms: [randm]}}",
+            "evaluate.knn.arms: 'randm' is no arm; did you mean 'random'?",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_study_is_refused_in_one_line(tmp_path: Path, fields: str, message: str) -> None:
