@@ -14,6 +14,7 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_LOST = 76
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141  # as if by SIGPIPE
 EXIT_CODES = {
     EXIT_OK: "done",
     EXIT_PROBLEMS: "a check has found something",
@@ -21,6 +22,7 @@ EXIT_CODES = {
     EXIT_PREEMPTED: "asked to stop by a signal: the checkpoint is written, the same command goes on",
     EXIT_LOST: "another rank was lost or is stuck: the same command resumes from the last checkpoint",
     EXIT_INTERRUPTED: "interrupted from the keyboard",
+    EXIT_UNREAD: "what reads the output has gone, as with `| head`",
 }
 
 

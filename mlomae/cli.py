@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from mlomae.arguments import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_PREEMPTED,
+    EXIT_UNREAD,
     EXIT_USER_ERROR,
     Parser,
     did_you_mean,
@@ -75,7 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code, see ``mlomae.arguments``."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        return run(words)
+        try:
+            return run(words)
+        finally:
+            # Here, not when the interpreter ends: what cannot be written is an error of this command.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if _is_read():
+            raise
+        return EXIT_UNREAD
     except UserError as error:
         print(f"mlomae: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -107,6 +117,18 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"command {name!r}: unknown; {did_you_mean(name, COMMANDS)}")
     code: int = import_module(COMMANDS[name].module).main(words[1:])
     return code
+
+
+def _is_read() -> bool:
+    """Whether anyone reads standard output; if not, what is left of it goes nowhere."""
+    output = sys.stdout.fileno()
+    watch = select.poll()
+    watch.register(output, 0)  # errors are told without being asked for
+    if not watch.poll(0):
+        return True
+    # The interpreter's own flush at its end must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return False
 
 
 def _parser() -> Parser:

@@ -163,3 +163,24 @@ def test_an_interrupted_command_promises_what_it_keeps(
     line = capsys.readouterr().err
     assert line.startswith("mlomae: interrupted")
     assert ("resumes from the last checkpoint" in line) == resumes
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_is_no_crash(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(
+        [sys.executable, "-m", "mlomae", "recipes"], cwd=ROOT, timeout=60, check=False,
+        stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_a_connection(words: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("mlomae.cli.run", lose_a_connection)
+    with pytest.raises(BrokenPipeError):
+        main(["train"])
