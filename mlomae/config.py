@@ -89,6 +89,7 @@ RESUMABLE_CHANGES = {
     "data.path", "data.test_path", "data.download", "data.max_bad_share", "data.workers", "data.resident",
     "model.attention", "model.predict", "pretrain.micro_batches", "compute.execution",
     "compute.activation_checkpointing", "failure.lost_after", "failure.stuck_after",
+    "failure.skips", "failure.rewinds",
 }  # fmt: skip
 
 

@@ -7,6 +7,10 @@ class UserError(Exception):
     """Bad input. The message is one line: the field or file, what was found, what would be right."""
 
 
+class NotFinite(UserError):
+    """A level of a run broke: its loss, its gradients or its weights are not finite."""
+
+
 class Preempted(Exception):
     """A signal asked this run to stop. What is done is saved; the same command goes on."""
 

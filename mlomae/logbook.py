@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mlomae.meters import FiniteGuard, Scalars, ToHost
+from mlomae.guards import FiniteGuard, SpikeAlarm
+from mlomae.meters import Scalars, ToHost
 from mlomae.metrics import MetricsWriter
-from mlomae.progress import Show
+from mlomae.progress import Show, say
+from mlomae.sections import Display
 
 SHOWN: Show = {
     "loss": {
@@ -52,11 +54,17 @@ class Logbook:
     Args:
         writer: of the lines.
         guard: judged with every line, as it was when the line was begun.
+        alarm: asked about every line.
+        display: of the run.
     """
 
-    def __init__(self, writer: MetricsWriter, guard: FiniteGuard) -> None:
+    def __init__(
+        self, writer: MetricsWriter, guard: FiniteGuard, alarm: SpikeAlarm, display: Display
+    ) -> None:
         self._writer = writer
         self._guard = guard
+        self._alarm = alarm
+        self._display = display
         self._entry: _Entry | None = None
 
     def begin(
@@ -88,8 +96,13 @@ class Logbook:
         entry, self._entry = self._entry, None
         if entry is None:
             return
+        scalars = entry.scalars.read()
+        jumps = self._alarm.jumps(scalars)
+        for level, (peak, usual) in jumps.items():
+            jump = f"its loss jumped from {usual:.4g} to {peak:.4g} by iteration {entry.step}"
+            say(self._display, f"{level} level: {jump}")
         self._writer.log(
             entry.step,
-            {**entry.scalars.read(), **entry.figures},
+            {**scalars, **entry.figures, "loss_jumps": len(jumps)},
             {"mask/frequency": entry.frequency.read().tolist()},
         )

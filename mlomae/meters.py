@@ -1,4 +1,4 @@
-"""Running means and finiteness checks that stay on the device, and how they come to the host unhurried."""
+"""Running means and maxima that stay on the device, and how they come to the host unhurried."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mlomae.distributed import collectives
-from mlomae.errors import UserError
 
 
 class ToHost:
@@ -54,8 +53,12 @@ class Meters:
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Adds one iteration's 0-dim tensors; no host synchronisation."""
         for name, value in scalars.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
+            value = value.detach()
+            self._sums[name] = self._join(self._sums[name], value) if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _join(self, before: Tensor, value: Tensor) -> Tensor:
+        return before + value
 
     def take(self) -> dict[str, Tensor]:
         """The means over iterations by name, on the device; starts again."""
@@ -74,45 +77,13 @@ class Meters:
         self._counts = {name: count for name, (_, count) in state.items()}
 
 
-class FiniteGuard:
-    """Remembers, on the device, the first iteration at which a level was not finite."""
+class Peaks(Meters):
+    """The largest of the scalars since the last read; NaN is larger than anything."""
 
-    def __init__(self) -> None:
-        self._first_bad: dict[str, Tensor] = {}
+    def _join(self, before: Tensor, value: Tensor) -> Tensor:
+        return torch.maximum(before, value)
 
-    def watch(self, level: str, iteration: int, *values: Tensor) -> None:
-        """Notes whether all ``values`` (0-dim) are finite; no host synchronisation.
-
-        Of levels that break in the same iteration, the one watched first is named: call it in the
-        order in which they depend on each other.
-        """
-        finite = torch.stack([torch.isfinite(value) for value in values]).all()
-        never = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=finite.device)
-        seen = torch.where(finite, never, torch.full_like(never, iteration))
-        self._first_bad[level] = torch.minimum(self._first_bad.get(level, never), seen)
-
-    def check(self) -> None:
-        """Stops every rank if any rank saw a value that is not finite.
-
-        Raises:
-            UserError: naming the level and the iteration that went wrong first.
-        """
-        self.judge(self.snapshot())
-
-    def snapshot(self) -> ToHost | None:
-        """What was seen so far on all ranks, on its way to the host; None before anything was."""
-        if not self._first_bad:
-            return None
-        return ToHost(-collectives.maximum(-torch.stack(list(self._first_bad.values()))))
-
-    def judge(self, snapshot: ToHost | None) -> None:
-        """``check`` of an earlier state."""
-        if snapshot is None:
-            return
-        step, position = snapshot.read().min(dim=0)
-        if int(step) < torch.iinfo(torch.int64).max:
-            level = list(self._first_bad)[int(position)]
-            raise UserError(
-                f"{level} level: the loss or the weights are not finite at iteration {int(step)}; "
-                f"checkpoints from before stay; try a lower {level}.lr or set {level}.clip"
-            )
+    def take(self) -> dict[str, Tensor]:
+        """The maxima by name, on the device; starts again."""
+        peaks, self._sums, self._counts = self._sums, {}, {}
+        return peaks

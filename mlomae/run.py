@@ -12,6 +12,7 @@ from mlomae.distributed.env import join_world, leave_world, was_requeued
 from mlomae.distributed.watchdog import Watchdog
 from mlomae.preemption import Preemption
 from mlomae.run_dir import RunDir, Status
+from mlomae.run_faults import told_in_one_line
 from mlomae.trainer import Trainer
 
 # Seconds for which a checkpoint may still be written when this process has to end.
@@ -31,7 +32,7 @@ def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[st
         The content of ``result.json`` on rank 0, empty elsewhere.
 
     Raises:
-        UserError: bad input, a run directory of another run, or a loss that is not finite.
+        UserError: bad input, a run directory of another run, a level that broke, no memory or disk left.
         Preempted: a signal asked to stop.
     """
     ds_config = None if ds_path is None else load_ds_config(ds_path)
@@ -40,7 +41,7 @@ def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[st
     world = join_world(config.device, always_group=ds_config is not None, patience=max(patience))
     run_dir = RunDir(config.run_dir, config)
     try:
-        with Watchdog(world, *patience) as watchdog:
+        with told_in_one_line(config.run_dir), Watchdog(world, *patience) as watchdog:
             # Rank 0's answer: a network disk may show the others an older state.
             status = collectives.broadcast_object(run_dir.claim(primary=False))
             if status is Status.COMPLETE:

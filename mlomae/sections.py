@@ -383,7 +383,13 @@ class EvalConfig(Section):
 
 
 class FailureConfig(Section):
-    """When the ranks of a run give one of them up (docs/scaling.md)."""
+    """What a run does about numbers that are not finite, and about lost ranks (docs/reliability.md)."""
 
+    skips: int = Field(
+        3, ge=0, description="iterations in a row with a step that is skipped, its gradient not being finite"
+    )
+    rewinds: int = Field(
+        2, ge=0, description="returns to the last checkpoint, with the next data, where a level breaks"
+    )
     lost_after: float = Field(60.0, gt=0, description="seconds without a sign of life of a rank")
     stuck_after: float = Field(1800.0, gt=0, description="seconds without progress of any rank")

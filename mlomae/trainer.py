@@ -23,16 +23,17 @@ from mlomae.data.loader import LevelLoaders
 from mlomae.distributed import collectives
 from mlomae.distributed.agreement import Agreement
 from mlomae.distributed.ds_config import zero_stage
-from mlomae.distributed.engine import MOMENTS
 from mlomae.distributed.env import World
 from mlomae.environment import describe_environment
-from mlomae.errors import Preempted, UserError
+from mlomae.errors import NotFinite, Preempted, UserError
 from mlomae.evaluate import collect_features, pixels, score_features
+from mlomae.guards import FiniteGuard, SpikeAlarm
 from mlomae.hypergradient import MaskedBatch, Metrics
+from mlomae.level_state import restore, snapshot, usable_checkpoint
 from mlomae.levels import ReadingLevel, mean_of
 from mlomae.logbook import SHOWN, Logbook
-from mlomae.meters import FiniteGuard, Meters, Scalars
-from mlomae.metrics import MetricsWriter
+from mlomae.meters import Meters, Peaks, Scalars
+from mlomae.metrics import MetricsWriter, read_lines
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.pictures import Pictures
 from mlomae.precision import resolve_precision
@@ -68,10 +69,11 @@ class Trainer:
         self.bad_samples = BadSamples(self.loaders.ledger, run_dir.bad_samples)
         self.preemption = preemption or Preemption()
         self.writer = BackgroundWriter(run_dir.checkpoints, config.keep_checkpoints)
-        self.meters = Meters()
+        self.meters, self.peaks = Meters(), Peaks()
         # What tells the best checkpoint, since the last one.
         self.scored, self.score_meter = ("loss/mask" if self.levels.mask else "loss/reconstruction"), Meters()
-        self.guard = FiniteGuard()
+        self.guard = FiniteGuard(config.failure.skips)
+        self.rewinds = 0
         self.pictures: Pictures | None = None
         self.iteration = 0
         self.saved: int | None = None
@@ -84,7 +86,7 @@ class Trainer:
             The content of ``result.json`` (on rank 0; empty elsewhere).
 
         Raises:
-            UserError: a loss stopped being finite; the last checkpoint is kept.
+            NotFinite: a level broke, more often than the run may go back; the last checkpoint is kept.
             Preempted: a signal asked to stop; what was trained is saved.
         """
         trained = self.resume() or self.precision
@@ -101,13 +103,21 @@ class Trainer:
             }
             write_atomically(self.run_dir.environment, to_json(environment, indent=2).encode())
             say(self.config.display, f"{self.implementations}\n{self.loaders.describe()}")
-        config = self.config
         self.bad_samples.restore()
-        primary, total = self.world.primary, config.iterations
-        writer = MetricsWriter(self.run_dir, config, primary, total, self.iteration, SHOWN)
-        logbook = Logbook(writer, self.guard)
+        while True:
+            try:
+                return self._attempt()
+            except NotFinite as error:
+                self._rewind(error)
+
+    def _attempt(self) -> dict[str, Any]:
+        """Trains from here to the end and evaluates."""
+        config, primary = self.config, self.world.primary
+        writer = MetricsWriter(self.run_dir, config, primary, config.iterations, self.iteration, SHOWN)
+        alarm = SpikeAlarm(read_lines(self.run_dir.metrics))
+        logbook = Logbook(writer, self.guard, alarm, config.display)
         try:
-            self.telemetry = self.start_telemetry()
+            self.telemetry = self.telemetry or self.start_telemetry()
             # What lives now lives to the end: no collection has to look at it again.
             gc.collect()
             gc.freeze()
@@ -126,6 +136,20 @@ class Trainer:
             writer.close()
             self.loaders.close()
 
+    def _rewind(self, error: NotFinite) -> None:
+        """Back to the last checkpoint, but on with the next data: the same would break the run again."""
+        rewinds, allowed = self.rewinds + 1, self.config.failure.rewinds
+        positions = {name: stream.state_dict() for name, stream in self.levels.streams().items()}
+        if self.saved is None or rewinds > allowed or self.resume() is None:
+            raise error
+        for name, stream in self.levels.streams().items():
+            stream.load_state_dict(positions[name])
+        self.rewinds, self.pictures = rewinds, None
+        self.guard.forget()
+        if self.world.primary:
+            cause = str(error).partition(";")[0]
+            say(self.config.display, f"{cause}; back to iteration {self.iteration} ({rewinds} of {allowed})")
+
     def _train(self, writer: MetricsWriter, logbook: Logbook) -> None:
         """All iterations that are left; ends with everything saved."""
         agreement = Agreement(max(self.config.failure.lost_after, self.config.failure.stuck_after))
@@ -136,18 +160,18 @@ class Trainer:
             self._finish_iteration(masked, writer, logbook, started)
             # On all ranks after the same iteration, whoever received the signal and when.
             if agreement.anywhere(self.preemption.requested):
-                if self.saved != self.iteration:
-                    self._settle(logbook)
+                if self.saved != self.iteration and self._settle(logbook):
                     self.save(scheduled=False)
                 collectives.on_primary(self.writer.finish)
-                raise self.preemption.stopped(f"iteration {self.iteration}")
+                raise self.preemption.stopped(f"iteration {self.saved or 0}")
         collectives.on_primary(self.writer.finish)
 
-    def _settle(self, logbook: Logbook) -> None:
-        """Before anything is written: a broken checkpoint must not replace a good one."""
+    def _settle(self, logbook: Logbook) -> bool:
+        """Before anything is written; whether it may be: a broken checkpoint must not replace a good one."""
         logbook.flush()
-        self.guard.check()
+        good = self.guard.check()
         self.bad_samples.exchange()
+        return good
 
     def start_telemetry(self) -> Telemetry:
         """Measures what the device can do; figures count from here."""
@@ -170,6 +194,7 @@ class Trainer:
             batch = self._next_batch(levels.pretrain)
             record = due and number == unroll_steps - 1
             masked, metrics = levels.pretrain.step(batch, iteration, record)
+            self.peaks.add({"peak_loss/pretrain": metrics["loss/pretrain"]})
             steps.append(metrics)
         scalars = mean_of(steps)
         if levels.mask is not None and levels.head is not None:
@@ -189,8 +214,13 @@ class Trainer:
         if levels.hardness is not None:
             scalars |= levels.hardness.step(masked, iteration)
         for name, level in levels.by_name().items():
-            if f"loss/{name}" in scalars:
-                self.guard.watch(name, iteration, scalars[f"loss/{name}"], level.engine.weight_norm())
+            if (loss := scalars.get(f"loss/{name}")) is not None:
+                engine = level.engine
+                self.guard.watch(name, iteration, loss, engine.weight_norm(), engine.skipped_steps)
+                if name != "mask":  # which logs the norm of its hypergradient
+                    scalars[f"gradient_norm/{name}"] = torch.as_tensor(engine.grad_norm, device=loss.device)
+                if name != "pretrain":
+                    self.peaks.add({f"peak_loss/{name}": loss})
         self.meters.add(scalars)
         if self.scored in scalars:
             self.score_meter.add({self.scored: scalars[self.scored]})
@@ -217,13 +247,16 @@ class Trainer:
         self.telemetry.iterated(submitted)
         if due["log"]:
             self._log(masked, logbook)
+        good = True
         if due["checkpoint"] or due["picture"]:
-            self._settle(logbook)
+            good = self._settle(logbook)
+        if last:
+            self.guard.require_good_end()
         # With the waits for the device, without saving and drawing.
         spent = time.perf_counter() - started
         self.seconds += spent
         self.telemetry.waited_for_device(spent - submitted)
-        if due["checkpoint"]:
+        if due["checkpoint"] and good:
             with profiled("save"):
                 self.save()
         if due["picture"]:
@@ -236,11 +269,13 @@ class Trainer:
         figures: dict[str, float] = {
             f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()
         }
-        figures["bad_samples"] = len(self.loaders.ledger)
-        figures["skipped_steps"] = sum(level.engine.skipped_steps for level in self.levels.by_name().values())
+        figures |= {"bad_samples": len(self.loaders.ledger), "rewinds": self.rewinds}
+        skipped = sum(level.engine.skipped_steps for level in self.levels.by_name().values())
+        statistics["skipped_steps"] = torch.as_tensor(skipped, device=self.world.device)
         if self.telemetry is not None:
             figures |= self.telemetry.read()
-        logbook.begin(self.iteration, {**self.meters.take(), **statistics}, frequency, figures)
+        scalars = {**self.meters.take(), **self.peaks.take(), **statistics}
+        logbook.begin(self.iteration, scalars, frequency, figures)
 
     @property
     def images_per_second(self) -> float:
@@ -272,18 +307,15 @@ class Trainer:
         Args:
             scheduled: one out of schedule gets no score: of a few iterations it would be noise.
         """
-        levels = self.levels.by_name()
-        tensors = {
-            f"{name}.{key}": tensor
-            for name, level in levels.items()
-            for key, tensor in level.engine.snapshot().items()
-        }
+        tensors = snapshot(self.levels)
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "precision": self.precision,
             "streams": {name: stream.state_dict() for name, stream in self.levels.streams().items()},
             "meters": self.meters.state_dict(),
+            "peaks": self.peaks.state_dict(),
+            "rewinds": self.rewinds,
         }
         if self.levels.mask is not None:
             state["hypergradient"] = self.levels.mask.hypergradient.state_dict()
@@ -305,7 +337,7 @@ class Trainer:
         position.part = "load"
         found: list[Path] = [] if path is None else [path]
         if path is None:
-            collectives.on_primary(lambda: found.extend(self._usable_checkpoint()))
+            collectives.on_primary(lambda: found.extend(usable_checkpoint(self.run_dir.checkpoints)))
         path = next(iter(collectives.broadcast_object(found)), None)
         if path is None:
             return None
@@ -315,43 +347,18 @@ class Trainer:
                 "which rank 0 finds; all ranks need the same file system"
             )
         loaded = checkpoint.read(path)
-        levels = self.levels.by_name()
-        parts = {name: loaded.part(name) for name in levels}
-        # A level whose first step was skipped has no moments yet.
-        stepped = {name for name, part in parts.items() if part["step"]}
-        expected = {
-            f"{name}.{key}": shape
-            for name, level in levels.items()
-            for key, shape in level.engine.shapes().items()
-            if name in stepped or not key.startswith(MOMENTS)
-        }
-        checkpoint.match(loaded, expected)
-        for name, level in levels.items():
-            level.engine.load_state_dict(parts[name])
+        restore(self.levels, loaded)
         for name, stream in self.levels.streams().items():
             stream.load_state_dict(loaded.state["streams"][name])
         if self.levels.mask is not None:
             self.levels.mask.hypergradient.load_state_dict(loaded.state["hypergradient"])
         self.meters.load_state_dict(loaded.state["meters"], self.world.device)
+        self.peaks.load_state_dict(loaded.state["peaks"], self.world.device)
+        self.rewinds = loaded.state["rewinds"]
         self.score_meter.load_state_dict(loaded.state["score"], self.world.device)
         self.iteration = self.saved = loaded.state["iteration"]
         self.seconds = loaded.state["seconds"]
         return loaded.state["precision"]
-
-    def _usable_checkpoint(self) -> list[Path]:
-        """The newest intact checkpoint, if there is one.
-
-        Raises:
-            UserError: none of those that are there can be used; to begin anew would remove them.
-        """
-        folder = self.run_dir.checkpoints
-        path = checkpoint.newest(folder)
-        if path is None and any(folder.glob("step-*")):
-            raise UserError(
-                f"{folder}: none of the checkpoints can be used (see the warnings); put an intact one there, "
-                "or choose another run_dir"
-            )
-        return [] if path is None else [path]
 
     def evaluate(self) -> dict[str, Any]:
         """Scores the encoder on the test set and writes ``result.json``; called on every rank."""

@@ -1,14 +1,12 @@
-"""Means between log lines, and the guard that names what broke."""
+"""Means and maxima between log lines."""
 
 from __future__ import annotations
 
-import pytest
+import math
+
 import torch
 
-from mlomae.errors import UserError
-from mlomae.meters import FiniteGuard, Meters, Scalars
-
-FINE, BROKEN, ENDLESS = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
+from mlomae.meters import Meters, Peaks, Scalars
 
 
 def test_meters_give_means_over_iterations_and_start_again() -> None:
@@ -36,47 +34,19 @@ def test_meters_hold_no_graph() -> None:
     assert value.grad is None
 
 
-def test_guard_is_silent_while_everything_is_finite() -> None:
-    guard = FiniteGuard()
-    guard.check()
-    for iteration in range(3):
-        guard.watch("pretrain", iteration, FINE)
-        guard.watch("head", iteration, FINE)
-    guard.check()
+def test_peaks_are_the_largest_since_the_last_read() -> None:
+    peaks = Peaks()
+    for value in (1.0, 6.0, 2.0):
+        peaks.add({"a": torch.tensor(value)})
+    half = peaks.state_dict()
+    peaks.add({"a": torch.tensor(3.0)})
+    assert Scalars(peaks.take()).read() == {"a": 6.0}
+    peaks.add({"a": torch.tensor(5.0)})
+    assert Scalars(peaks.take()).read() == {"a": 5.0}
 
-
-@pytest.mark.parametrize("value", [BROKEN, ENDLESS, -ENDLESS])
-def test_guard_names_the_level_and_the_first_iteration(value: torch.Tensor) -> None:
-    guard = FiniteGuard()
-    for iteration in range(10):
-        guard.watch("pretrain", iteration, FINE)
-        guard.watch("mask", iteration, value if iteration in (4, 5, 9) else FINE)
-    with pytest.raises(
-        UserError, match=r"^mask level: .* not finite at iteration 4;.* mask\.lr .* mask\.clip$"
-    ):
-        guard.check()
-
-
-def test_guard_names_the_level_that_broke_first() -> None:
-    guard = FiniteGuard()
-    for iteration in range(5):
-        guard.watch("pretrain", iteration, BROKEN if iteration >= 3 else FINE)
-        guard.watch("head", iteration, BROKEN if iteration >= 2 else FINE)
-    with pytest.raises(UserError, match=r"^head level: .* iteration 2;"):
-        guard.check()
-
-
-def test_guard_names_the_lowest_level_of_those_that_broke_together() -> None:
-    # A broken autoencoder breaks the levels above it in the same iteration: it is the cause.
-    guard = FiniteGuard()
-    for level in ("pretrain", "head", "mask"):
-        guard.watch(level, 7, BROKEN)
-    with pytest.raises(UserError, match=r"^pretrain level: "):
-        guard.check()
-
-
-def test_guard_watches_every_value_of_a_level() -> None:
-    guard = FiniteGuard()
-    guard.watch("head", 0, FINE, BROKEN)
-    with pytest.raises(UserError, match=r"^head level: .* iteration 0;"):
-        guard.check()
+    peaks.load_state_dict(half, torch.device("cpu"))
+    peaks.add({"a": torch.tensor(3.0)})
+    assert Scalars(peaks.take()).read() == {"a": 6.0}
+    peaks.add({"a": torch.tensor(3.0)})
+    peaks.add({"a": torch.tensor(float("nan"))})
+    assert math.isnan(Scalars(peaks.take()).read()["a"])

@@ -28,7 +28,7 @@ class Engine(Protocol):
         module: the bare module, for evaluations outside the level's own step. Gradients taken
             through it are this rank's alone.
         grad_norm: norm of the last step's gradient before clipping, None before the first.
-        skipped_steps: steps that were not taken because a gradient was not finite.
+        skipped_steps: steps that were not taken because a gradient was not finite; maybe on the device.
     """
 
     module: nn.Module
@@ -38,7 +38,7 @@ class Engine(Protocol):
         """See above; a property, so that an engine may promise less."""
 
     @property
-    def skipped_steps(self) -> int:
+    def skipped_steps(self) -> Tensor | int:
         """See above."""
 
     def __call__(self, *inputs: Any) -> Any:
@@ -136,7 +136,7 @@ class TorchEngine:
         self.clip = config.clip
         self.mixed = mixed
         self.grad_norm: Tensor | None = None
-        self.skipped_steps = 0
+        self.skipped_steps: Tensor | int = 0
         self._parameters: list[Tensor] = [parameter for _, parameter in trainable(module)]
 
     def __call__(self, *inputs: Any) -> Any:
@@ -157,6 +157,10 @@ class TorchEngine:
         if self.clip:
             nn.utils.clip_grads_with_norm_(self._parameters, self.clip, self.grad_norm)
         set_lr(self.optimizer, lr)
+        bad = ~self.grad_norm.isfinite()
+        self.skipped_steps = self.skipped_steps + bad
+        # A fused optimizer looks there, on the device, whether to take the step: no host has to wait.
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         # What comes next, the backward pass of the hypergradient, has a use for their memory.
         self.optimizer.zero_grad(set_to_none=True)

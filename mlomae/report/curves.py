@@ -42,9 +42,12 @@ class Group:
     without: list[str] = field(default_factory=list)
 
 
-# Drawn only where they are not 0 throughout, flops_per_second not at all: MFU tells the same.
-_USUALLY_ZERO = ("bad_samples", "skipped_steps")
-_LEFT_OUT = ("flops_per_second",)
+# Drawn only where they are not 0 throughout.
+_USUALLY_ZERO = ("bad_samples", "skipped_steps", "rewinds", "loss_jumps")
+# MFU tells what the first one does; the others are there for the alarm about jumps.
+_LEFT_OUT = (
+    "flops_per_second", "peak_loss/pretrain", "peak_loss/head", "peak_loss/mask", "peak_loss/hardness",
+)  # fmt: skip
 _DASHES = ("", "dashed")
 
 

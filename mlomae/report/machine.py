@@ -59,6 +59,8 @@ def machine_table(runs: Sequence[Run]) -> Table:
         "Waiting for data, median": logged("data_wait", Kind.SHARE, np.median),
         "Peak memory": logged("memory/peak_bytes", Kind.BYTES, np.max),
         "Skipped steps": logged("skipped_steps", Kind.COUNT, np.max),
+        "Returns to a checkpoint": logged("rewinds", Kind.COUNT, np.max),
+        "Jumps of a loss": logged("loss_jumps", Kind.COUNT, np.sum),
         "Bad samples": logged("bad_samples", Kind.COUNT, np.max),
         "Attempts (Slurm)": [str(run.attempts) if run.attempts else ABSENT for run in runs],
     }

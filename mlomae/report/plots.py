@@ -39,6 +39,7 @@ GROUPS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
                  "pretraining loss."),
             Plot(("accuracy/label",), "Label accuracy", "Of the same classifier, on training batches.",
                  Kind.SHARE),
+            Plot(("gradient_norm/pretrain",), "Gradient norm, pretraining", "Before clipping."),
         ),
     ),
     (
@@ -48,6 +49,7 @@ GROUPS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
             Plot(("accuracy/head",), "Head accuracy", "On training batches.", Kind.SHARE),
             Plot(("loss/mask",), "Mask loss", "Loss of the head on held-out images: what "
                  "the mask minimises."),
+            Plot(("gradient_norm/head",), "Gradient norm, head", "Before clipping."),
         ),
     ),
     (

@@ -12,7 +12,8 @@ from mlomae.distributed import collectives
 from mlomae.distributed.engine import TorchEngine
 from mlomae.distributed.env import join_world
 from mlomae.errors import UserError
-from mlomae.meters import FiniteGuard, Meters, Scalars
+from mlomae.guards import FiniteGuard
+from mlomae.meters import Meters, Scalars
 from mlomae.sections import PretrainConfig
 from tests.distributed.ranks import run_ranks
 
@@ -54,11 +55,12 @@ def _read_meters(value: float) -> dict[str, float]:
 def _check_guard(rank: int) -> str:
     """Rank 1 alone sees a level break."""
     guard = FiniteGuard()
-    guard.watch("pretrain", 6, torch.tensor(1.0))
+    fine, bad = torch.tensor(1.0), torch.tensor(float("inf") if rank else 1.0)
+    guard.watch("pretrain", 6, fine, fine, 0)
     guard.check()
-    guard.watch("pretrain", 7, torch.tensor(float("nan") if rank else 1.0))
-    guard.watch("head", 7, torch.tensor(1.0), torch.tensor(float("inf") if rank else 1.0))
-    guard.watch("pretrain", 8, torch.tensor(1.0))
+    guard.watch("pretrain", 7, bad, fine, 0)
+    guard.watch("head", 7, fine, bad, 0)
+    guard.watch("pretrain", 8, fine, fine, 0)
     try:
         guard.check()
     except UserError as error:

@@ -65,7 +65,8 @@ def test_the_network_learns_without_labels_which_patches_reconstruct_badly() -> 
     assert mean(rows[-10:], "loss/hardness") < math.log(2) - 0.01 < rows[0]["loss/hardness"]
     # The scores are no weights of the loss.
     assert all(row["loss/pretrain"] == row["loss/reconstruction"] for row in rows)
-    assert rows[0].keys() == {"loss/pretrain", "loss/reconstruction", "loss/hardness"}
+    losses = {"loss/pretrain", "loss/reconstruction", "loss/hardness"}
+    assert rows[0].keys() == losses | {"gradient_norm/pretrain", "gradient_norm/hardness"}
 
 
 def test_the_hardest_patches_are_removed_more_often_at_the_end() -> None:

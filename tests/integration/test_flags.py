@@ -134,7 +134,7 @@ EFFECTS: dict[str, Effect] = {
     "eval.batch_size": on("evaluation batches", 100),
     "eval.knn_k": on("accuracy", 300),
     "eval.pixels": on("result", True),
-    **{f"failure.{f}": on("lost ranks", 5.0) for f in ("lost_after", "stuck_after")},  # tests/failure
+    **{f: on("failure", 5) for f in FIELDS if f.startswith("failure.")},  # tests/failure, test_rewind.py
 }
 
 

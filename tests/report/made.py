@@ -103,6 +103,10 @@ def _scalars(made: Made, done: float, rng: np.random.Generator) -> dict[str, Any
         "lr/pretrain": 1.5e-3 * warm,
         "bad_samples": 0,
         "skipped_steps": 0,
+        "rewinds": 0,
+        "loss_jumps": 0,
+        "peak_loss/pretrain": falling(1.4, 0.5),
+        "gradient_norm/pretrain": noisy(0.8, 0.1),
         "images_per_second": noisy(180, 0.08),
         "flops_per_second": 3e10,
         "mfu": noisy(0.38, 0.05),
@@ -113,6 +117,7 @@ def _scalars(made: Made, done: float, rng: np.random.Generator) -> dict[str, Any
     if made.learns:
         row |= {
             "loss/head": noisy(falling(2.3, 1.6)),
+            "gradient_norm/head": noisy(0.3, 0.1),
             "accuracy/head": noisy(0.1 + 0.35 * (1 - math.exp(-4 * done))),
             "loss/mask": noisy(falling(2.3, 1.62)),
             "hypergradient/norm": 10 ** noisy(-5 - 3 * done, 0.03),
