@@ -28,11 +28,13 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     if isinstance(first["input"], list):
         # Of a number or a list, the list is what was meant.
         first = next((e for e in errors if any("[" in str(part) for part in e["loc"])), first)
-    names = [str(part) for part in first["loc"] if not _is_union_tag(part)]
-    field = ".".join(names) or "config"
+    *parents, last = first["loc"] or ("config",)
+    names = [str(part) for part in parents if not _is_union_tag(part)]
     if first["type"] == "extra_forbidden":
-        known = _fields_of_section(root, names[:-1])
-        return f"{field}: unknown key; {did_you_mean(names[-1], known)}"
+        # A key, whatever it looks like.
+        known = _fields_of_section(root, names)
+        return f"{'.'.join([*names, str(last)])}: unknown key; {did_you_mean(str(last), known)}"
+    field = ".".join(names if _is_union_tag(last) else [*names, str(last)])
     if first["type"] == "value_error":
         return f"{field}: {first['ctx']['error']}"
     message = PLAIN.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
@@ -49,6 +51,8 @@ def _fields_of_section(root: type[BaseModel], names: list[str]) -> list[str]:
         if get_origin(section) is dict:  # of sections by name
             section = get_args(section)[1]
             continue
+        if name not in section.model_fields:
+            return []
         annotation = section.model_fields[name].annotation
         if get_origin(annotation) in (Union, UnionType):
             annotation = get_args(annotation)[0]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the field or file, what was found, what would be right."""
+    """Bad input. The message is one line: the field or file, what was found, what would be right.
+
+    Names and values that it quotes may hold anything: what cannot be printed in a line is escaped.
+    """
+
+    def __init__(self, message: str, *more: object) -> None:
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(message, *more)
 
 
 class NotFinite(UserError):

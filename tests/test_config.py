@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,16 @@ def test_graphs_do_not_add_up_gradients() -> None:
     load_config(None, {"compute.execution": "compiled", "pretrain.micro_batches": "2"})
     with pytest.raises(UserError, match=r"compute\.execution: graphs works with pretrain\.micro_batches 1"):
         load_config(None, {"compute.execution": "graphs", "pretrain.micro_batches": "2"})
+
+
+def test_a_key_that_looks_like_a_kind_of_value_is_a_key() -> None:
+    with pytest.raises(UserError, match=r"^list\[int\]: unknown key; "):
+        load_config(None, {"list[int]": "1"})
+    with pytest.raises(UserError, match=r"^masking\.list\[int\]: unknown key; "):
+        load_config(None, {"masking.list[int]": "1"})
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    error = UserError("a\nb\x1b[1m\u202e\udcff é ∑")
+    assert str(error) == "a\\nb\\x1b[1m\\u202e\\udcff é ∑"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

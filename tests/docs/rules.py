@@ -187,7 +187,7 @@ RULES: tuple[Rule, ...] = (
         pattern=r"(\.venv/bin/)?pytest .*benchmarks.*", more=_COLLECT,
         instead={r"--json FILE": "--json measured.json", r"\bFILE\b": "benchmarks/ratios.json"},
     ),
-    Scaled(pattern=r"(\.venv/bin/)?pytest\b.*", more=f"{_COLLECT} tests/architecture"),
+    Scaled(pattern=r"(MLOMAE_FUZZ=\d+ )?(\.venv/bin/)?pytest\b.*", more=f"{_COLLECT} tests/architecture"),
     Parsed(pattern=r"python benchmarks/gpu\.py.*", parse=parsers.gpu, why="needs a GPU, or minutes"),
     Parsed(
         pattern=r"PYTHONPATH=\.venv-peers python -m benchmarks\.peers\.betty_peer .*",
