@@ -44,6 +44,7 @@ class Config(Section):
     levels: Literal[2, 3] = Field(3, description="2 leaves the head's best response out of the hypergradient")
     run_dir: Path = Field(Path("runs/default"), description="folder that receives everything the run leaves")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = Field(False, description="refuse what may differ between two runs of the same kind")
     log_every: Positive = Field(10, description="iterations between lines of metrics.jsonl")
     display: Display = "auto"
     loggers: Loggers = ("tensorboard",)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -64,20 +65,30 @@ def describe(root: type[Section]) -> list[str]:
     return lines
 
 
-def overrides(rest: Sequence[str]) -> dict[str, str]:
-    """['--pretrain.lr', '1e-4', '--run-dir=x'] → {'pretrain.lr': '1e-4', 'run_dir': 'x'}."""
+def overrides(rest: Sequence[str], switches: Collection[str] = ()) -> dict[str, str]:
+    """['--pretrain.lr', '1e-4', '--run-dir=x'] → {'pretrain.lr': '1e-4', 'run_dir': 'x'}.
+
+    Args:
+        switches: fields that are true where their flag stands alone.
+
+    Raises:
+        UserError: a word that is no flag, or no value of one.
+    """
     fields: dict[str, str] = {}
-    words = iter(rest)
-    for word in words:
+    words = deque(rest)
+    while words:
+        word = words.popleft()
         name, equals, value = word[2:].partition("=")
         if not word.startswith("--") or not name:
             raise UserError(f"argument {word!r}: expected --section.field value")
-        if not equals:
-            following = next(words, None)
-            if following is None or following.startswith("--"):
-                raise UserError(f"--{name}: no value given")
-            value = following
-        fields[name.replace("-", "_")] = value
+        field = name.replace("-", "_")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.popleft()
+        elif not equals and field in switches:
+            value = "true"
+        elif not equals:
+            raise UserError(f"--{name}: no value given")
+        fields[field] = value
     return fields
 
 
@@ -112,7 +123,7 @@ def parse_known(
     """
     known, rest = parser.parse_known_args(argv)
     refuse_typos(parser, rest, root)
-    fields = overrides(rest)
+    fields = overrides(rest, {flag.name for flag in flags(root) if flag.kind is bool})
     if getattr(known, "display", None) is not None:
         fields["display"] = known.display
     return known, fields

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlomae.config import Config
+from mlomae.determinism import require_determinism
 from mlomae.distributed import collectives
 from mlomae.distributed.ds_config import check_combination, load_ds_config
 from mlomae.distributed.env import join_world, leave_world, was_requeued
@@ -40,6 +41,8 @@ def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[st
     patience = config.failure.lost_after, config.failure.stuck_after
     world = join_world(config.device, always_group=ds_config is not None, patience=max(patience))
     run_dir = RunDir(config.run_dir, config)
+    if config.deterministic:
+        require_determinism()
     try:
         with told_in_one_line(config.run_dir), Watchdog(world, *patience) as watchdog:
             # Rank 0's answer: a network disk may show the others an older state.

@@ -1,7 +1,6 @@
-"""Every field of the configuration has an effect: one entry per field, each compared with a base run.
+"""Every field has an effect: an entry says what is changed, and what must then differ from a base run.
 
-An entry says what is changed and what must then differ. Runs are deterministic, which is tested first, so a
-difference comes from the field.
+Runs are deterministic, which is tested first, so a difference comes from the field.
 """
 
 from __future__ import annotations
@@ -71,6 +70,7 @@ EFFECTS: dict[str, Effect] = {
     "levels": on_training(2),
     "run_dir": on("folder", None),
     "device": on("device", "cuda"),
+    "deterministic": on("algorithms", True),  # test_determinism.py
     "display": on("screen", "quiet"),  # tests/run/test_metrics.py
     "loggers": on("folders", ()),  # tests/run/test_loggers.py
     "log_every": on("lines", 3),

@@ -132,7 +132,9 @@ def _find_release(major: int) -> AttentionChoice | str:
 
 def _flash(function: Callable[..., Tensor | tuple[Tensor, ...]], release: _FlashRelease) -> Attention:
     def run(qkv: Tensor) -> Tensor:
-        output = function(qkv) if release.packed else function(*qkv.unbind(2))
+        # Its fastest backward pass adds up in the order in which blocks of the GPU come to it.
+        options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        output = function(qkv, **options) if release.packed else function(*qkv.unbind(2), **options)
         # Some releases return the log-sum-exp beside the output.
         return output if isinstance(output, Tensor) else output[0]
 
