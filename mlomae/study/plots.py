@@ -121,7 +121,8 @@ def _health(results: Results) -> Figure | None:
     for axes, (name, text) in zip(panels, shown.items(), strict=True):
         for number, arm in enumerate(results.study.arms):
             rows = [row for row in results.rows if row.arm == arm and name in row.curves]
-            rows = [row for row in rows if row.iterations == rows[0].iterations]
+            # Runs of one arm may have been logged at other intervals.
+            rows = [row for row in rows if row.curves[name][0] == rows[0].curves[name][0]]
             if rows:
                 steps = np.array(rows[0].curves[name][0]) / rows[0].iterations
                 values = np.mean([row.curves[name][1] for row in rows], axis=0)

@@ -102,6 +102,13 @@ def test_same_results_give_the_same_pictures(tmp_path: Path) -> None:
         assert text.count("<path") > 10
 
 
+def test_runs_of_an_arm_may_be_logged_at_other_intervals(tmp_path: Path) -> None:
+    made = results(SCORES)
+    first, *others = made.rows
+    rows = (replace(first, curves={"mask/agreement": ([1, 2, 4], [0.5, 0.6, 0.7])}), *others)
+    assert draw(replace(made, rows=rows), (), tmp_path) == ["differences.svg", "masks.svg"]
+
+
 def test_results_survive_their_file(tmp_path: Path) -> None:
     made = results(SCORES)
     path = tmp_path / "results.json"
