@@ -125,6 +125,21 @@ def newest(folder: Path) -> Path | None:
     return checkpoint_folder.first_intact(checkpoint_folder.newest_first(folder))
 
 
+def usable(folder: Path) -> list[Path]:
+    """The newest intact checkpoint, if there is one.
+
+    Raises:
+        UserError: none of those that are there can be used; to begin anew would remove them.
+    """
+    path = newest(folder)
+    if path is None and any(folder.glob("step-*")):
+        raise UserError(
+            f"{folder}: none of the checkpoints can be used (see the warnings); put an intact one there, "
+            "or choose another run_dir"
+        )
+    return [] if path is None else [path]
+
+
 def best(folder: Path) -> Path | None:
     """The checkpoint with the lowest score whose checksums hold; warns about damaged ones on the way."""
     candidates = checkpoint_folder.newest_first(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -57,8 +58,10 @@ class FiniteGuard:
             loss, weight_norm: 0-dim.
             skipped: steps that the level's engine has skipped so far.
         """
-        zero = torch.zeros((), dtype=torch.int64, device=loss.device)
-        state = self._levels.setdefault(level, _Level(zero, zero, zero + _NEVER))
+        if level not in self._levels:
+            zero = torch.zeros((), dtype=torch.int64, device=loss.device)
+            self._levels[level] = _Level(zero, zero, zero + _NEVER)
+        state = self._levels[level]
         bad = ~torch.isfinite(loss) | (torch.as_tensor(skipped, device=loss.device) > state.skipped)
         broken = ~torch.isfinite(weight_norm)
         state.skipped = skipped
@@ -67,8 +70,11 @@ class FiniteGuard:
         failed = broken | (state.streak > self._allowed)
         state.failed = torch.minimum(state.failed, torch.where(failed, state.began, _NEVER))
 
-    def check(self) -> bool:
+    def check(self, at_end: bool = False) -> bool:
         """Stops every rank if a level has failed on any of them.
+
+        Args:
+            at_end: of the run, where nothing follows that could make a bad iteration good.
 
         Returns:
             Whether the last iteration of every level was good.
@@ -77,8 +83,11 @@ class FiniteGuard:
             NotFinite: naming the level and the iteration that went wrong first.
         """
         snapshot = self.snapshot()
-        self.judge(snapshot)
-        return snapshot is None or not snapshot.read()[1].any()
+        if snapshot is None:
+            return True
+        failed, bad_since = snapshot.read()
+        self._refuse(torch.minimum(failed, bad_since) if at_end else failed)
+        return bool((bad_since == _NEVER).all())
 
     def forget(self) -> None:
         """Begins anew, from weights that were good."""
@@ -87,37 +96,29 @@ class FiniteGuard:
             state.failed = torch.full_like(state.failed, _NEVER)
 
     def snapshot(self) -> ToHost | None:
-        """[2, levels], where they failed and bad iterations in a row, over all ranks; None before any."""
+        """[2, levels]: where they failed, and since when they are bad, on any rank; None before any level."""
         if not self._levels:
             return None
-        levels = self._levels.values()
-        worst = torch.stack([torch.stack([-state.failed, state.streak]) for state in levels], dim=1)
-        return ToHost(collectives.maximum(worst))
+        first = [
+            torch.stack([state.failed, torch.where(state.streak > 0, state.began, _NEVER)])
+            for state in self._levels.values()
+        ]
+        return ToHost(-collectives.maximum(-torch.stack(first, dim=1)))
 
     def judge(self, snapshot: ToHost | None) -> None:
         """Raises ``NotFinite`` if a level had failed at an earlier state."""
-        if snapshot is None:
-            return
-        step, position = (-snapshot.read()[0]).min(dim=0)
-        if int(step) < _NEVER:
-            raise _not_finite(list(self._levels)[int(position)], int(step))
+        if snapshot is not None:
+            self._refuse(snapshot.read()[0])
 
-    def require_good_end(self) -> None:
-        """Raises ``NotFinite`` if the last iteration of a level was bad on any rank."""
-        snapshot = self.snapshot()
-        if snapshot is None:
-            return
-        streaks = snapshot.read()[1].tolist()
-        for (name, state), streak in zip(self._levels.items(), streaks, strict=True):
-            if streak:
-                raise _not_finite(name, int(state.began))
-
-
-def _not_finite(level: str, iteration: int) -> NotFinite:
-    return NotFinite(
-        f"{level} level: the loss or the weights are not finite at iteration {iteration}; "
-        f"checkpoints from before stay; try a lower {level}.lr or set {level}.clip"
-    )
+    def _refuse(self, iterations: Tensor) -> None:
+        """Raises ``NotFinite`` about the first of these, one for each level."""
+        iteration, position = iterations.min(dim=0)
+        if int(iteration) < _NEVER:
+            level = list(self._levels)[int(position)]
+            raise NotFinite(
+                f"{level} level: the loss or the weights are not finite at iteration {int(iteration)}; "
+                f"checkpoints from before stay; try a lower {level}.lr or set {level}.clip"
+            )
 
 
 class SpikeAlarm:
@@ -132,10 +133,12 @@ class SpikeAlarm:
 
     PREFIX = "peak_loss/"
 
-    def __init__(self, lines: Iterator[Mapping[str, object]]) -> None:
+    def __init__(self, lines: Iterable[Mapping[str, object]]) -> None:
         self._peaks: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=PEAKS))
         for line in lines:
-            self.jumps({name: value for name, value in line.items() if isinstance(value, float)})
+            for name, peak in line.items():
+                if isinstance(peak, float):
+                    self._take(name, peak)
 
     def jumps(self, scalars: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """Takes one line.
@@ -153,6 +156,10 @@ class SpikeAlarm:
                 deviation = median(abs(value - middle) for value in before)
                 if peak > middle + max(DEVIATIONS * deviation, RELATIVE * abs(middle)):
                     found[name.removeprefix(self.PREFIX)] = peak, middle
-            if peak == peak:  # NaN is no measure of what is usual
-                before.append(peak)
+            self._take(name, peak)
         return found
+
+    def _take(self, name: str, peak: float) -> None:
+        """Infinities are no measure of what is usual either, and a log has null for both."""
+        if name.startswith(self.PREFIX) and math.isfinite(peak):
+            self._peaks[name].append(peak)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from mlomae import checkpoint
 from mlomae.build import Levels
 from mlomae.checkpoint import Checkpoint
 from mlomae.distributed.engine import MOMENTS
-from mlomae.errors import UserError
 
 
 def snapshot(levels: Levels) -> dict[str, Tensor]:
@@ -40,18 +37,3 @@ def restore(levels: Levels, loaded: Checkpoint) -> None:
     checkpoint.match(loaded, expected)
     for name, level in levels.by_name().items():
         level.engine.load_state_dict(parts[name])
-
-
-def usable_checkpoint(folder: Path) -> list[Path]:
-    """The newest intact checkpoint, if there is one.
-
-    Raises:
-        UserError: none of those that are there can be used; to begin anew would remove them.
-    """
-    path = checkpoint.newest(folder)
-    if path is None and any(folder.glob("step-*")):
-        raise UserError(
-            f"{folder}: none of the checkpoints can be used (see the warnings); put an intact one there, "
-            "or choose another run_dir"
-        )
-    return [] if path is None else [path]

@@ -94,7 +94,7 @@ class Logbook:
     def write_waiting(self) -> None:
         """Writes it unjudged, such as when the run ends early; no other rank is needed."""
         entry, self._entry = self._entry, None
-        if entry is None:
+        if entry is None or not self._writer.enabled:
             return
         scalars = entry.scalars.read()
         jumps = self._alarm.jumps(scalars)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,13 +94,6 @@ class MetricsWriter:
             for logger in self._loggers:
                 logger.close(finished=self._step >= self._total)
             self._file.close()
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; none where there is no file."""
-    if path.exists():
-        with path.open() as file:
-            yield from map(json.loads, file)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -29,17 +29,18 @@ from mlomae.errors import NotFinite, Preempted, UserError
 from mlomae.evaluate import collect_features, pixels, score_features
 from mlomae.guards import FiniteGuard, SpikeAlarm
 from mlomae.hypergradient import MaskedBatch, Metrics
-from mlomae.level_state import restore, snapshot, usable_checkpoint
+from mlomae.level_state import restore, snapshot
 from mlomae.levels import ReadingLevel, mean_of
 from mlomae.logbook import SHOWN, Logbook
 from mlomae.meters import Meters, Peaks, Scalars
-from mlomae.metrics import MetricsWriter, read_lines
+from mlomae.metrics import MetricsWriter
 from mlomae.models.mae import MaskedAutoencoder
 from mlomae.pictures import Pictures
 from mlomae.precision import resolve_precision
 from mlomae.preemption import Preemption
 from mlomae.progress import say
 from mlomae.ranges import position, profiled
+from mlomae.report.lines import read_lines
 from mlomae.run_dir import RunDir, to_json, write_atomically
 from mlomae.score_pixels import score_pixels
 from mlomae.telemetry import Telemetry, run_telemetry
@@ -114,7 +115,8 @@ class Trainer:
         """Trains from here to the end and evaluates."""
         config, primary = self.config, self.world.primary
         writer = MetricsWriter(self.run_dir, config, primary, config.iterations, self.iteration, SHOWN)
-        alarm = SpikeAlarm(read_lines(self.run_dir.metrics))
+        # The others write no lines, and might read the file while it changes.
+        alarm = SpikeAlarm(line for _, line in (read_lines(self.run_dir.metrics) if primary else ()))
         logbook = Logbook(writer, self.guard, alarm, config.display)
         try:
             self.telemetry = self.telemetry or self.start_telemetry()
@@ -166,10 +168,10 @@ class Trainer:
                 raise self.preemption.stopped(f"iteration {self.saved or 0}")
         collectives.on_primary(self.writer.finish)
 
-    def _settle(self, logbook: Logbook) -> bool:
+    def _settle(self, logbook: Logbook, at_end: bool = False) -> bool:
         """Before anything is written; whether it may be: a broken checkpoint must not replace a good one."""
         logbook.flush()
-        good = self.guard.check()
+        good = self.guard.check(at_end)
         self.bad_samples.exchange()
         return good
 
@@ -249,9 +251,7 @@ class Trainer:
             self._log(masked, logbook)
         good = True
         if due["checkpoint"] or due["picture"]:
-            good = self._settle(logbook)
-        if last:
-            self.guard.require_good_end()
+            good = self._settle(logbook, last)
         # With the waits for the device, without saving and drawing.
         spent = time.perf_counter() - started
         self.seconds += spent
@@ -337,7 +337,7 @@ class Trainer:
         position.part = "load"
         found: list[Path] = [] if path is None else [path]
         if path is None:
-            collectives.on_primary(lambda: found.extend(usable_checkpoint(self.run_dir.checkpoints)))
+            collectives.on_primary(lambda: found.extend(checkpoint.usable(self.run_dir.checkpoints)))
         path = next(iter(collectives.broadcast_object(found)), None)
         if path is None:
             return None

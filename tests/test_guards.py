@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mlomae.errors import NotFinite
-from mlomae.guards import FEWEST, FiniteGuard, SpikeAlarm
+from mlomae.guards import FEWEST, PEAKS, FiniteGuard, SpikeAlarm
+from mlomae.logbook import Logbook
+from mlomae.metrics import MetricsWriter
+from mlomae.run_dir import RunDir
+from tests.integration.tiny import tiny_config
 
 FINE, BROKEN, ENDLESS = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
 
@@ -18,7 +24,7 @@ def test_guard_is_silent_while_everything_is_finite() -> None:
         guard.watch("pretrain", iteration, FINE, FINE, 0)
         guard.watch("head", iteration, FINE, FINE, torch.tensor(0))
     assert guard.check()
-    guard.require_good_end()
+    guard.check(at_end=True)
 
 
 @pytest.mark.parametrize("value", [BROKEN, ENDLESS, -ENDLESS])
@@ -87,7 +93,7 @@ def test_the_end_of_a_run_has_to_be_good() -> None:
     guard.watch("pretrain", 8, FINE, FINE, 0)
     guard.watch("mask", 8, BROKEN, FINE, 0)
     with pytest.raises(NotFinite, match=r"^mask level: .* iteration 8;"):
-        guard.require_good_end()
+        guard.check(at_end=True)
 
 
 def test_a_guard_that_forgets_counts_new_skips_only() -> None:
@@ -123,3 +129,20 @@ def test_alarm_passes_over_what_is_no_number() -> None:
     assert alarm.jumps({"peak_loss/pretrain": float("nan")}) == {}
     assert alarm.jumps({"peak_loss/pretrain": float("inf")}) == {"pretrain": (float("inf"), 1.0)}
     assert alarm.jumps({"peak_loss/pretrain": 1.0}) == {}
+    # A log has null for them, and what a resumed run knows must be the same.
+    for _ in range(PEAKS):
+        alarm.jumps({"peak_loss/pretrain": float("inf")})
+    assert alarm.jumps({"peak_loss/pretrain": 2.0}) == {"pretrain": (2.0, 1.0)}
+
+
+@pytest.mark.parametrize("primary", [True, False])
+def test_one_rank_tells_of_a_jump(primary: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config({"run_dir": tmp_path, "loggers": []})
+    run_dir = RunDir(tmp_path, config)
+    writer = MetricsWriter(run_dir, config, primary, 9, 0, {})
+    logbook = Logbook(writer, FiniteGuard(), SpikeAlarm(lines(*[1.0] * FEWEST)), "auto")
+    logbook.begin(1, {"peak_loss/pretrain": torch.tensor(5.0)}, torch.ones(4), {})
+    logbook.write_waiting()
+    writer.close()
+    assert ("jumped from 1 to 5 by iteration 1" in capsys.readouterr().out) == primary
+    assert run_dir.metrics.exists() == primary
