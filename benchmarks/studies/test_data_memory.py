@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import linear_regression
@@ -14,6 +13,7 @@ import pytest
 
 from benchmarks.data.images import link_shards, pack, write_small_images
 from benchmarks.environment import ROOT
+from benchmarks.process_memory import MIB, memory_of, skip_without_accounts
 from benchmarks.report import Bar, Report
 from mlomae.config import load_config
 from mlomae.data.loader import LevelLoaders
@@ -28,9 +28,6 @@ CASES = {
     for workers in (0, 2)
 }
 MAX_GROWTH = 1.0  # MiB per epoch
-MIB = 2**20
-# Pages of files, such as torch's libraries, are left out: how many processes share them is not our doing.
-_COUNTED = re.compile(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -46,16 +43,10 @@ def shards(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def _rollup(process: int | None) -> Path:
-    return Path(f"/proc/{process}/smaps_rollup")
-
-
 def _memory() -> float:
     """MiB of this process and its children; what they share counts once."""
     gc.collect()
-    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    sizes = [int(size) for process in processes for size in _COUNTED.findall(_rollup(process).read_text())]
-    return 1024 * sum(sizes) / MIB
+    return memory_of([os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)])
 
 
 def _read(loaders: LevelLoaders, batch: int, epochs: int) -> Iterator[float]:
@@ -68,8 +59,7 @@ def _read(loaders: LevelLoaders, batch: int, epochs: int) -> Iterator[float]:
 
 
 def test_data_memory(request: pytest.FixtureRequest, report: Report, smoke: list[str], shards: Path) -> None:
-    if not (_rollup(os.getpid()).exists() and _COUNTED.search(_rollup(os.getpid()).read_text())):
-        pytest.skip("this system does not tell the memory of a process in /proc/PID/smaps_rollup")
+    skip_without_accounts()
     epochs = WARM_UP + max(2, request.config.getoption("iterations")) if smoke else EPOCHS
     memory: dict[str, list[float]] = {}
     images = 0

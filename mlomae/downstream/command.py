@@ -86,6 +86,7 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
     from mlomae.interop.reading import read_pretrained
     from mlomae.preemption import Preemption
     from mlomae.run_dir import RunDir, Status
+    from mlomae.run_faults import told_in_one_line
 
     if not config.encoder:
         raise UserError("eval: no encoder given; name a run directory or a file with weights")
@@ -106,7 +107,11 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
                 f"encoder: rank {world.rank} reads other weights ({fingerprint}) in {config.encoder} than "
                 f"rank 0 ({first}); of a run that is still training, name one of its checkpoints"
             )
-        with Preemption() as preemption, Watchdog(world, FAILURE.lost_after, FAILURE.stuck_after):
+        with (
+            told_in_one_line(out, lambda: (f"in {task}", _less_memory(config))),
+            Preemption() as preemption,
+            Watchdog(world, FAILURE.lost_after, FAILURE.stuck_after),
+        ):
             status = collectives.broadcast_object(run_dir.claim(primary=False))
             if status is Status.COMPLETE:
                 # Resuming may find the images elsewhere; a result is one of the images that it names.
@@ -134,6 +139,11 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
     finally:
         run_dir.release()
         leave_world()
+
+
+def _less_memory(config: TaskConfig) -> str:
+    batches = ("encoder_batch", "batch_size", "optim.batch_size")
+    return "lower " + " or ".join(name for name in batches if name.split(".")[0] in type(config).model_fields)
 
 
 def _default_out(task: str, config: TaskConfig, run: Path | None) -> Path:

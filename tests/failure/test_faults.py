@@ -170,7 +170,7 @@ def test_a_loader_that_is_killed(
         before_iteration(patched, kill)
         code, line = train(recipe, tmp_path / "run", capsys, *more)
     assert code == 2 and line.count("\n") == 1
-    assert line.startswith("mlomae: error: data.workers: a loader process ended without a word in iteration ")
+    assert line.startswith("mlomae: error: data.workers: a loader process ended without a word in data of ")
 
     assert train(recipe, tmp_path / "run", capsys, *more)[0] == 0
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
