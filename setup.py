@@ -166,6 +166,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "build",
             # The libraries that exported weights are for.
             "transformers",
             *ONNX,

@@ -87,6 +87,12 @@ def pip_install(words: Words) -> None:
             assert all(f'"{extra}":' in extras for extra in found[1].split(",")), f"{target}: no such extra"
 
 
+def build(words: Words) -> None:
+    from build.__main__ import main_parser
+
+    main_parser().parse_args(words[3:])
+
+
 def mypy(words: Words) -> None:
     from mypy.main import process_options
 
