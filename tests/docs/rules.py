@@ -98,7 +98,7 @@ RULES: tuple[Rule, ...] = (
     Parsed(pattern=r"(\.venv/bin/)?pip install .*", parse=parsers.pip_install, why="downloads"),
     Parsed(pattern=r"\.ci/run", parse=parsers.script, why="runs these tests"),
     Parsed(pattern=r"\.ci/nightly", parse=parsers.script, why="takes hours"),
-    Parsed(pattern=r"python -m build .*", parse=parsers.build, why="compiles; tests/architecture builds a wheel"),
+    Parsed(pattern=r"python -m build .*", parse=parsers.build, why="compiles, as tests/architecture does"),
     Rule(pattern=r"source \.venv/bin/activate"),
     Scaled(pattern=r"(\.venv/bin/)?ruff check \.", more="--exit-zero"),
     Rule(pattern=r"(\.venv/bin/)?ruff format \."),
