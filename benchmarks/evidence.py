@@ -3,7 +3,8 @@
     python -m benchmarks.evidence
 
 A table stands between two comments, ``<!-- table STUDY BUDGET -->`` and ``<!-- end -->``; the plots of a
-study lie in docs/images/evidence/STUDY.
+study lie in docs/images/evidence/STUDY. Their gallery needs the pictures of the runs: it is the one that
+``mlomae study`` has written.
 """
 
 from __future__ import annotations

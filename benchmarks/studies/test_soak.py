@@ -18,6 +18,7 @@ import pytest
 from benchmarks.environment import ROOT
 from benchmarks.process_memory import memory_of, skip_without_accounts
 from benchmarks.report import Bar, Report
+from tests.integration.tiny import FEW_TO_FIT, write_recipe
 
 pytestmark = pytest.mark.study
 
@@ -26,21 +27,6 @@ ITERATIONS, SAMPLES, WARM_UP = 50_000, 100, 0.1
 LOG_EVERY, CHECKPOINT_EVERY, PICTURE_EVERY = 10, 1_000, 5_000
 MAX_GROWTH = 1.0  # MiB per 10,000 iterations
 MAX_DRIFT = 0.03
-TINY = {
-    "data.test_fraction": 0.8,
-    "data.heldout_fraction": 0.5,
-    "model.arch": "vit_pico",
-    "model.decoder_dim": 16,
-    "model.decoder_depth": 1,
-    "model.decoder_heads": 2,
-    "masking.hidden": 8,
-    "pretrain.batch_size": 8,
-    "head.batch_size": 8,
-    "mask.batch_size": 8,
-    "hypergradient.every": 1,
-    "eval.pixels": False,
-    "loggers": ["tensorboard"],
-}
 
 
 @dataclass(frozen=True)
@@ -84,18 +70,19 @@ def test_soak(request: pytest.FixtureRequest, report: Report, smoke: list[str], 
 
 def _run(run_dir: Path, iterations: int) -> Iterator[Sample]:
     """Trains, and looks at the process about ``SAMPLES`` times."""
-    flags = TINY | {
+    fields = FEW_TO_FIT | {
         "iterations": iterations,
         "log_every": LOG_EVERY,
         "checkpoint_every": CHECKPOINT_EVERY,
         "picture_every": PICTURE_EVERY,
+        "eval.pixels": False,
+        "loggers": ["tensorboard"],
     }
-    command = [sys.executable, "train.py", "--config", "recipes/digits.yaml", "--run-dir", str(run_dir)]
-    command.append("--quiet")
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}", json.dumps(value)]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    recipe = write_recipe(run_dir.with_suffix(".yaml"), fields)
+    command = [sys.executable, "train.py", "--config", str(recipe), "--run-dir", str(run_dir), "--quiet"]
     # One thread: tensors so small are not worth a second one, which would wait for its core.
-    settings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=settings) as process:
         started, seen = time.perf_counter(), 0
         while process.poll() is None and seen < iterations:

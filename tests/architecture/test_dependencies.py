@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 
 import mlomae
 from tests.architecture.licences import families_in, families_of, needed_by
-from tests.architecture.source_tree import ROOT
+from tests.architecture.source_tree import ROOT, requirement_lines
 
 PAGE = ROOT / "docs" / "releases.md"
 # Weak copyleft of files that are used as they are; and what comes with CUDA builds of torch.
@@ -17,8 +17,7 @@ _ROW = re.compile(r"^\| `([\w-]+)` \| (\S*) \| ([^|]+) \|", re.MULTILINE)
 
 
 def _requirements() -> dict[str, Requirement]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
-    found = [Requirement(line) for line in lines if line]
+    found = map(Requirement, requirement_lines())
     return {requirement.name.lower(): requirement for requirement in found}
 
 

@@ -17,7 +17,7 @@ import torch
 
 import mlomae
 from mlomae_kernels._native import native_status
-from tests.architecture.source_tree import ROOT, python_files
+from tests.architecture.source_tree import ROOT, python_files, requirement_lines
 
 _BUILD_INPUTS = ("setup.py", "pyproject.toml", "requirements.txt", "CMakeLists.txt", "LICENSE")
 
@@ -71,10 +71,9 @@ def test_command_is_registered() -> None:
 
 
 def test_runtime_dependencies_are_those_of_the_requirements_file() -> None:
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     installed = metadata.requires("mlomae") or []
     runtime = {_normal(entry) for entry in installed if "extra ==" not in entry}
-    assert runtime == {_normal(line) for line in lines if line}
+    assert runtime == {_normal(line) for line in requirement_lines()}
 
 
 def _normal(requirement: str) -> str:

@@ -61,6 +61,5 @@ def test_a_fault_is_one_line_and_the_same_command_goes_on(
     assert line.startswith(f"mlomae: error: {told}") and line.count("\n") == 1
 
     assert main(command) == EXIT_OK
-    assert "accuracy" in json.dumps(
-        json.loads(next((tmp_path / "run").rglob("eval/*/result.json")).read_text())
-    )
+    (result,) = (tmp_path / "run").glob("eval/*/result.json")
+    assert "accuracy" in json.dumps(json.loads(result.read_text()))
