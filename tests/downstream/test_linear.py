@@ -62,7 +62,7 @@ def by_autograd(plan: ProbePlan, part: FeatureSet, rate: float) -> nn.Linear:
     with torch.no_grad():
         layer.weight.copy_(torch.randn(CLASSES, WIDTH, generator=generator) * INIT_STD)
         layer.bias.zero_()
-    norm = nn.BatchNorm1d(WIDTH, affine=False, eps=0.0)
+    norm = nn.BatchNorm1d(WIDTH, affine=False, eps=1e-30)
     norm.running_mean, norm.running_var = part.features.mean(0), part.features.var(0, unbiased=False)
     norm.eval()
     groups = [
