@@ -161,6 +161,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-cov",
             "pytest-xdist",
             "hypothesis",
             "ruff",

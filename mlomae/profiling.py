@@ -209,7 +209,9 @@ class _Session:
             # The next check of the radius, several times the price of a hypergradient, is as far as can be.
             levels.mask.hypergradient.taken = 1
         # In its own first iteration the profiler allocates.
-        with profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+        steps = schedule(wait=0, warmup=1, active=1)
+        # Its one cycle is all that there is to keep; without saying so, torch 2.11 warns.
+        with profile(activities=activities, schedule=steps, acc_events=True) as profiler:
             self.trainer.iterate(self.first)
             self._synchronise()
             profiler.step()

@@ -53,7 +53,7 @@ def check_patch_gather_backward(
     name = "patch_gather_backward"
     check_rank(name, "grad", grad, 3)
     _check_floating(name, "grad", grad)
-    _check_ids(name, "ids_keep", ids_keep, (grad.shape[0], grad.shape[1] - has_cls), grad)
+    _check_ids(name, "ids_keep", ids_keep, (grad.shape[0], grad.shape[1] - int(has_cls)), grad)
 
 
 def check_patch_gather_backward_values(

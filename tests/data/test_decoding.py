@@ -155,7 +155,7 @@ VALUES = [0, 255, 256, 511, 0x1234, 0x8000, 0xFF00, 0xFFFF]
     [
         encode(Image.fromarray(np.array([VALUES] * 2, dtype=np.uint16)), "PNG"),
         encode(Image.fromarray(np.array([VALUES] * 2, dtype=np.uint16)), "TIFF"),
-        encode(Image.fromarray(np.array([VALUES] * 2, dtype=np.uint16)), "PPM"),
+        b"P5 8 2 65535\n" + struct.pack(">16H", *VALUES, *VALUES),
         encode(Image.fromarray(np.array([VALUES] * 2, dtype=np.uint16)), "JPEG2000"),
         png(8, 2, 16, 2, (b"\0" + struct.pack(">24H", *np.repeat(VALUES, 3))) * 2),
         png(8, 2, 16, 4, (b"\0" + struct.pack(">16H", *(v for value in VALUES for v in (value, 0)))) * 2),

