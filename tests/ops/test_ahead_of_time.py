@@ -1,7 +1,7 @@
 """The Triton kernels compile for every GPU that is supported, without spills and within their record.
 
 What is compared depends on the compiler: with another version of Triton than the record names, only
-spills and limits are checked. After a change that is meant to need more, rewrite the record with
+spills and limits are checked, from 3.8 on. After a change that is meant to need more, rewrite the record by
 ``python -m tests.ops.ahead_of_time --update``.
 """
 
@@ -29,7 +29,7 @@ _SHARED_LIMIT = 48 * 1024
 
 pytestmark = pytest.mark.slow
 each_gpu = pytest.mark.parametrize("gpu", TARGETS)
-# What a compiler makes of a kernel is its own: triton 3.6 gives out more registers, and spills two of them once.
+# Triton 3.6 gives out more registers, and spills two of them once.
 own_compiler = pytest.mark.skipif(
     release(triton.__version__) < (3, 8), reason="launch rules were derived from what triton 3.8 compiles"
 )
