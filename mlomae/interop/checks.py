@@ -204,14 +204,19 @@ def _float32(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
+def _all_alike(values: Any) -> bool:
+    return isinstance(values, Sequence) and len(values) > 0 and all(value == values[0] for value in values)
+
+
 def _statistics(found: Found, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What the file says; else those of photographs."""
     if in_chans not in MODES:
         raise UserError(f"{found.source}: is for {in_chans} channels; images have 3 (colour) or 1 (grey)")
     mean, std = STATISTICS[MODES[in_chans]]
     given: list[Any] = [found.mean or mean, found.std or std]
-    # Hugging Face takes one number for all channels, too.
+    # Hugging Face takes one number for all channels; timm 1.0.26 writes three of it for grey images.
     given = [[values] * in_chans if isinstance(values, float | int) else values for values in given]
+    given = [[values[0]] * in_chans if _all_alike(values) else values for values in given]
     for values in given:
         numbers = isinstance(values, Sequence) and all(isinstance(value, float | int) for value in values)
         if not numbers or len(values) != in_chans:
