@@ -204,8 +204,8 @@ def _float32(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
-def _all_alike(values: Any) -> bool:
-    return isinstance(values, Sequence) and len(values) > 0 and all(value == values[0] for value in values)
+def _one_thrice(values: Any) -> bool:
+    return isinstance(values, Sequence) and len(values) == 3 and values.count(values[0]) == 3
 
 
 def _statistics(found: Found, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -216,7 +216,7 @@ def _statistics(found: Found, in_chans: int) -> tuple[tuple[float, ...], tuple[f
     given: list[Any] = [found.mean or mean, found.std or std]
     # Hugging Face takes one number for all channels; timm 1.0.26 writes three of it for grey images.
     given = [[values] * in_chans if isinstance(values, float | int) else values for values in given]
-    given = [[values[0]] * in_chans if _all_alike(values) else values for values in given]
+    given = [values[:1] if in_chans == 1 and _one_thrice(values) else values for values in given]
     for values in given:
         numbers = isinstance(values, Sequence) and all(isinstance(value, float | int) for value in values)
         if not numbers or len(values) != in_chans:
