@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,23 @@ def test_a_folder_that_timm_wrote_for_the_hub(options: dict[str, Any], pool: str
     images = torch.randn(2, found.in_chans, *found.img_size)
     with torch.inference_mode():
         torch.testing.assert_close(features(tmp_path / "hub", images), vit(images), **CLOSE)
+
+
+def test_three_equal_statistics_are_those_of_a_grey_image(tmp_path: Path) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, **PICO)
+    save_for_hf(
+        vit,
+        str(tmp_path),
+        model_args={"img_size": 16, "patch_size": 4, "in_chans": 1, **PICO},
+        safe_serialization=True,
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.25] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = read_pretrained(tmp_path)
+
+    assert (found.mean, found.std) == ((0.25,), (0.5,))
 
 
 @pytest.mark.parametrize("norm_pix", [None, False, True])

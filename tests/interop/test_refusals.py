@@ -215,15 +215,6 @@ def test_statistics_of_a_folder(given: Any, found: str | None, tmp_path: Path) -
             read_pretrained(folder)
 
 
-def test_three_equal_statistics_are_those_of_a_grey_image(tmp_path: Path) -> None:
-    folder = write_hf(tmp_path / "hf", layer_norm_eps=1e-6, num_channels=1)
-    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.25, 0.25, 0.25]}')
-    assert read_pretrained(folder).mean == (0.25,)
-    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.2, 0.25, 0.3]}')
-    with pytest.raises(UserError, match="expected 1 numbers"):
-        read_pretrained(folder)
-
-
 def test_folders_without_weights(tmp_path: Path) -> None:
     assert "holds neither config.yaml (a run) nor config.json" in refusal(tmp_path)
     folder = write_hf(tmp_path / "hf")
