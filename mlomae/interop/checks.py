@@ -204,8 +204,12 @@ def _float32(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
-def _one_thrice(values: Any) -> bool:
-    return isinstance(values, Sequence) and len(values) == 3 and values.count(values[0]) == 3
+def _by_channel(values: Any, in_chans: int) -> Any:
+    """Hugging Face takes one number for all channels, too; timm 1.0.26 writes three of it for grey images."""
+    if isinstance(values, float | int):
+        return [values] * in_chans
+    thrice = isinstance(values, Sequence) and len(values) == 3 and values.count(values[0]) == 3
+    return values[:1] if in_chans == 1 and thrice else values
 
 
 def _statistics(found: Found, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -213,10 +217,7 @@ def _statistics(found: Found, in_chans: int) -> tuple[tuple[float, ...], tuple[f
     if in_chans not in MODES:
         raise UserError(f"{found.source}: is for {in_chans} channels; images have 3 (colour) or 1 (grey)")
     mean, std = STATISTICS[MODES[in_chans]]
-    given: list[Any] = [found.mean or mean, found.std or std]
-    # Hugging Face takes one number for all channels; timm 1.0.26 writes three of it for grey images.
-    given = [[values] * in_chans if isinstance(values, float | int) else values for values in given]
-    given = [values[:1] if in_chans == 1 and _one_thrice(values) else values for values in given]
+    given = [_by_channel(values, in_chans) for values in (found.mean or mean, found.std or std)]
     for values in given:
         numbers = isinstance(values, Sequence) and all(isinstance(value, float | int) for value in values)
         if not numbers or len(values) != in_chans:

@@ -183,13 +183,9 @@ def test_a_folder_that_timm_wrote_for_the_hub(options: dict[str, Any], pool: str
 
 
 def test_three_equal_statistics_are_those_of_a_grey_image(tmp_path: Path) -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, **PICO)
-    save_for_hf(
-        vit,
-        str(tmp_path),
-        model_args={"img_size": 16, "patch_size": 4, "in_chans": 1, **PICO},
-        safe_serialization=True,
-    )
+    sizes = {"img_size": 16, "patch_size": 4, "in_chans": 1, **PICO}
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes)
+    save_for_hf(vit, str(tmp_path), model_args=sizes, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["pretrained_cfg"] |= {"mean": [0.25] * 3, "std": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
