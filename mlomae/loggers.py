@@ -6,6 +6,7 @@ Project, server and mode are those of the libraries' own environment variables (
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -16,18 +17,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import yaml
+from PIL import Image
 
 from mlomae.config import flatten
 from mlomae.errors import UserError
 from mlomae.run_dir import to_json, write_atomically
 from mlomae.sections import LoggerName
 
-Pixels = npt.NDArray[np.uint8]
 _NAME = "mlomae"  # of the project or experiment, unless the environment names one
 _MLFLOW_LONGEST = 6000  # characters of a parameter
+_RGB = 3  # TensorBoard's number of the colour space
 
 
 class Logger(Protocol):
@@ -35,8 +35,8 @@ class Logger(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def image(self, step: int, name: str, pixels: Pixels) -> None:
-        """uint8 [H, W, 3]."""
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """``png``: the content of a PNG file."""
 
     def close(self, finished: bool) -> None: ...
 
@@ -72,9 +72,12 @@ def open_loggers(
 
 class _TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
         from torch.utils.tensorboard import SummaryWriter
 
+        self._summary = Summary
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._events: Any = self._writer.file_writer
         text = yaml.safe_dump(dict(config), sort_keys=False)
         self._writer.add_text("config", f"```yaml\n{text}```", first_step)
 
@@ -84,8 +87,12 @@ class _TensorBoard:
         # A killed run is continued from a checkpoint: events up to it must have reached the file.
         self._writer.flush()
 
-    def image(self, step: int, name: str, pixels: Pixels) -> None:
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+    def image(self, step: int, name: str, png: bytes) -> None:
+        # The writer's own ``add_image`` takes pixels, makes three copies in float32 and encodes them again.
+        width, height = _decode(png).size
+        image = self._summary.Image(width=width, height=height, colorspace=_RGB, encoded_image_string=png)
+        value = self._summary.Value(tag=name, image=image)
+        self._events.add_summary(self._summary(value=[value]), step)
 
     def close(self, finished: bool) -> None:
         self._writer.close()
@@ -115,8 +122,8 @@ class _Wandb:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def image(self, step: int, name: str, pixels: Pixels) -> None:
-        self._run.log({"step": step, name: self._image(pixels)})
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._run.log({"step": step, name: self._image(_decode(png))})
 
     def close(self, finished: bool) -> None:
         self._run.finish(exit_code=0 if finished else 1)
@@ -151,8 +158,8 @@ class _MLflow:
         metrics = [self._metric(name, value, now, step) for name, value in finite.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
-    def image(self, step: int, name: str, pixels: Pixels) -> None:
-        self._client.log_image(self._id, pixels, key=name, step=step)
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._client.log_image(self._id, _decode(png), key=name, step=step)
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
@@ -169,8 +176,8 @@ class _Aside:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._later(self._logger.scalars, step, dict(values))
 
-    def image(self, step: int, name: str, pixels: Pixels) -> None:
-        self._later(self._logger.image, step, name, pixels)
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._later(self._logger.image, step, name, png)
 
     def close(self, finished: bool) -> None:
         self._later(self._logger.close, finished)
@@ -215,6 +222,10 @@ def _ids(folder: Path) -> dict[str, str]:
 
 def _keep_id(folder: Path, name: str, value: str) -> None:
     write_atomically(folder / "loggers.json", to_json({**_ids(folder), name: value}).encode())
+
+
+def _decode(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))
 
 
 def _line(error: BaseException) -> str:

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
-
 from mlomae.loggers import open_loggers
 from mlomae.progress import Progress, Show
 from mlomae.run_dir import RunDir, to_json, write_atomically
@@ -71,10 +68,9 @@ class MetricsWriter:
     def image(self, step: int, path: Path) -> None:
         """Hands a PNG file to the loggers, under its name without the ending."""
         if self.enabled:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+            png = path.read_bytes()
             for logger in self._loggers:
-                logger.image(step, path.stem, pixels)
+                logger.image(step, path.stem, png)
 
     def result(self, figures: Mapping[str, Any]) -> None:
         """Hands the numbers among a run's final figures to the loggers, as ``result/NAME``."""

@@ -178,8 +178,9 @@ class _Page:
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": "#222222", "fontsize": 10}
         for x, y, text, changes in self._texts:
             figure.text(x / width, 1 - y / height, text, **(style | changes))
-        pixels, size = canvas.print_to_buffer()  # type: ignore[no-untyped-call] # none in matplotlib
-        page, words = Image.fromarray(self._pixels), Image.frombuffer("RGBA", size, pixels)
+        canvas.draw()  # type: ignore[no-untyped-call] # none in matplotlib
+        words = Image.fromarray(np.asarray(canvas.buffer_rgba()))  # type: ignore[no-untyped-call]
+        page = Image.fromarray(self._pixels)
         page.paste(words, mask=words)
         file = io.BytesIO()
         page.save(file, "PNG", optimize=True)
