@@ -25,7 +25,9 @@ PUBLISHED = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "CITATION.cff",
     "LICENSE",
+    "SECURITY.md",
     "benchmarks/README.md",
     "benchmarks/peers/README.md",
     "benchmarks/ratios.json",
@@ -54,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Points links to where their targets are in the site, and fills in the tables."""
     uri = page.file.src_uri
-    if uri.startswith((f"{FOLDER}/", "dev/")):  # found, but after the pages for users
+    if uri.startswith(f"{FOLDER}/"):  # found, but after the pages for users
         page.meta["search"] = {"boost": 0.3, "exclude": uri == f"{FOLDER}/README.md"}
     markdown = _TARGET.sub(lambda match: _moved(match[0], uri), markdown)
     return markdown.replace(_FIELDS, "\n".join(_field_tables())) if _FIELDS in markdown else markdown

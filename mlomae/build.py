@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mlomae_kernels
 from mlomae.compilation import compile_module
@@ -56,6 +56,11 @@ class Levels:
     def streams(self) -> dict[str, Stream]:
         """By the names of the levels that have one."""
         return {n: level.stream for n, level in self.by_name().items() if isinstance(level, ReadingLevel)}
+
+    @property
+    def skipped_steps(self) -> Tensor | int:
+        """Of all engines, since this process has begun."""
+        return sum(level.engine.skipped_steps for level in self.by_name().values())
 
     @property
     def scorer(self) -> Level[Any] | None:

@@ -118,7 +118,8 @@ def _discard(path: Path) -> None:
     if path.exists():
         hidden = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         os.replace(path, hidden)
-        shutil.rmtree(hidden)
+        # A network disk keeps files that somebody still reads; `sweep` removes them later.
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:

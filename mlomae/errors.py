@@ -19,8 +19,12 @@ class NotFinite(UserError):
     """A level of a run broke: its loss, its gradients or its weights are not finite."""
 
 
-class Preempted(Exception):
-    """A signal asked this run to stop. What is done is saved; the same command goes on."""
+class Preempted(BaseException):
+    """A signal asked this run to stop. What is done is saved; the same command goes on.
+
+    It may be raised anywhere, as KeyboardInterrupt may: inside of a decoder whose errors, of any kind, are
+    those of a damaged image.
+    """
 
 
 class Interrupted(Preempted):

@@ -10,11 +10,14 @@ import io
 import json
 import math
 import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import Full, Queue
 from typing import Any, Protocol
 
 import yaml
@@ -28,6 +31,9 @@ from mlomae.sections import LoggerName
 _NAME = "mlomae"  # of the project or experiment, unless the environment names one
 _MLFLOW_LONGEST = 6000  # characters of a parameter
 _RGB = 3  # TensorBoard's number of the colour space
+# Of a logger in a thread: calls that may wait, and seconds for which the end of a run waits for them; a run
+# that was asked to stop has to be gone soon.
+WAITING, PATIENCE, PATIENCE_STOPPED = 1000, 600.0, 20.0
 
 
 class Logger(Protocol):
@@ -71,31 +77,43 @@ def open_loggers(
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-        from torch.utils.tensorboard import SummaryWriter
+    """Writes events at once: the library's writer does it in a thread, whose errors are tracebacks."""
 
-        self._summary = Summary
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        self._events: Any = self._writer.file_writer
-        text = yaml.safe_dump(dict(config), sort_keys=False)
-        self._writer.add_text("config", f"```yaml\n{text}```", first_step)
+    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+        from torch.utils.tensorboard.summary import text
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        place = folder / "tensorboard"
+        place.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(place / name, "xb")  # noqa: SIM115 - open for the whole run
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        # What an earlier process wrote about steps that run again is not shown.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=first_step + 1, session_log=start)
+        document = yaml.safe_dump(dict(config), sort_keys=False)
+        self._write(step=first_step, summary=text("config", f"```yaml\n{document}```"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        # A killed run is continued from a checkpoint: events up to it must have reached the file.
-        self._writer.flush()
+        named = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=self._summary(value=named))
 
     def image(self, step: int, name: str, png: bytes) -> None:
-        # The writer's own ``add_image`` takes pixels, makes three copies in float32 and encodes them again.
         width, height = _decode(png).size
         image = self._summary.Image(width=width, height=height, colorspace=_RGB, encoded_image_string=png)
-        value = self._summary.Value(tag=name, image=image)
-        self._events.add_summary(self._summary(value=[value]), step)
+        self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
 
     def close(self, finished: bool) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, **event: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **event).SerializeToString())
+        # A killed run is continued from a checkpoint: events up to it must have reached the file.
+        self._file.flush()
 
 
 class _Wandb:
@@ -170,30 +188,45 @@ class _Aside:
 
     def __init__(self, name: str, logger: Logger) -> None:
         self._name, self._logger = name, logger
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"mlomae-{name}")
+        self._waiting: Queue[Callable[[], None] | None] = Queue(WAITING)
         self._lost = False
+        # No end of a process waits for it.
+        self._thread = threading.Thread(target=self._work, name=f"mlomae-{name}", daemon=True)
+        self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._later(self._logger.scalars, step, dict(values))
+        self._later(partial(self._logger.scalars, step, dict(values)))
 
     def image(self, step: int, name: str, png: bytes) -> None:
-        self._later(self._logger.image, step, name, png)
+        self._later(partial(self._logger.image, step, name, png))
 
     def close(self, finished: bool) -> None:
-        self._later(self._logger.close, finished)
-        self._thread.shutdown()
+        self._later(partial(self._logger.close, finished))
+        self._later(None)
+        patience = PATIENCE if finished else PATIENCE_STOPPED
+        if not self._lost:
+            self._thread.join(patience)
+        if not self._lost and self._thread.is_alive():
+            self._give_up(f"does not take the rest within {patience:g} s")
 
-    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        self._thread.submit(self._try, call, *arguments)
-
-    def _try(self, call: Callable[..., None], *arguments: Any) -> None:
-        if self._lost:
-            return
+    def _later(self, call: Callable[[], None] | None) -> None:
         try:
-            call(*arguments)
-        except Exception as error:
-            self._lost = True
-            print(f"mlomae: {self._name}: {_line(error)}; the run goes on without it", file=sys.stderr)
+            if not self._lost:
+                self._waiting.put_nowait(call)
+        except Full:
+            self._give_up(f"{WAITING} lines wait for it")
+
+    def _work(self) -> None:
+        while (call := self._waiting.get()) is not None:
+            try:
+                call()
+            except Exception as error:
+                self._give_up(_line(error))
+                return
+
+    def _give_up(self, why: str) -> None:
+        self._lost = True
+        print(f"mlomae: {self._name}: {why}; the run goes on without it", file=sys.stderr)
 
 
 def _aside(name: str, kind: Callable[..., Logger]) -> Callable[..., Logger]:

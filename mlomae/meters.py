@@ -60,6 +60,9 @@ class Meters:
     def _join(self, before: Tensor, value: Tensor) -> Tensor:
         return before + value
 
+    def _of_all_ranks(self) -> dict[str, Tensor]:
+        return self._sums  # averaged by ``Scalars``
+
     def take(self) -> dict[str, Tensor]:
         """The means over iterations by name, on the device; starts again."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
@@ -68,7 +71,7 @@ class Meters:
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
         """Sums, averaged over ranks, and counts by name; called on all ranks together."""
-        sums = Scalars(self._sums).read() if self._sums else {}
+        sums = Scalars(self._of_all_ranks()).read() if self._sums else {}
         return {name: (total, self._counts[name]) for name, total in sums.items()}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
@@ -78,12 +81,19 @@ class Meters:
 
 
 class Peaks(Meters):
-    """The largest of the scalars since the last read; NaN is larger than anything."""
+    """The largest of the scalars since the last read, on any rank; NaN counts as infinite."""
 
     def _join(self, before: Tensor, value: Tensor) -> Tensor:
         return torch.maximum(before, value)
 
+    def _of_all_ranks(self) -> dict[str, Tensor]:
+        if not self._sums:
+            return {}
+        own = torch.stack([peak.to(torch.float64) for peak in self._sums.values()])
+        peaks = collectives.maximum(own.nan_to_num(nan=torch.inf, posinf=torch.inf))
+        return dict(zip(self._sums, peaks, strict=True))
+
     def take(self) -> dict[str, Tensor]:
-        """The maxima by name, on the device; starts again."""
-        peaks, self._sums, self._counts = self._sums, {}, {}
+        """The maxima by name, on the device; starts again. Called on all ranks together."""
+        peaks, self._sums, self._counts = self._of_all_ranks(), {}, {}
         return peaks

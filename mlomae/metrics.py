@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,10 +87,12 @@ class MetricsWriter:
     def close(self) -> None:
         """Ends the display, closes the files and ends the loggers' runs."""
         if self.enabled:
-            self._progress.close()
-            for logger in self._loggers:
-                logger.close(finished=self._step >= self._total)
-            self._file.close()
+            # All of them, even if a full disk refuses one.
+            with ExitStack() as at_end:
+                at_end.callback(self._file.close)
+                for logger in self._loggers:
+                    at_end.callback(logger.close, finished=self._step >= self._total)
+                self._progress.close()
 
 
 def drop_lines_after(path: Path, step: int) -> None:

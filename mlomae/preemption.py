@@ -48,15 +48,16 @@ class Preemption:
         """Whether this process was asked to stop."""
         return self._received is not None
 
-    def stopped(self, saved: str) -> Preempted:
+    def stopped(self, saved: str | None) -> Preempted:
         """What a run raises once it has saved its state.
 
         Args:
-            saved: what is done: ``iteration 7``.
+            saved: what is done: ``iteration 7``; None where nothing could be saved yet.
         """
         cause = "a signal to another rank" if self._received is None else self._received.name
         kind = Interrupted if self._received is signal.SIGINT else Preempted
-        return kind(f"stopped by {cause} after {saved}, which is saved; the same command goes on")
+        when = "before anything was saved" if saved is None else f"after {saved}, which is saved"
+        return kind(f"stopped by {cause} {when}; the same command goes on")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

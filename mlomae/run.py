@@ -44,7 +44,8 @@ def run(config: Config, ds_path: Path | None, preemption: Preemption) -> dict[st
     if config.deterministic:
         require_determinism()
     try:
-        with told_in_one_line(config.run_dir), Watchdog(world, *patience) as watchdog:
+        # The watchdog sees what is told: the other ranks end with the same code.
+        with Watchdog(world, *patience) as watchdog, told_in_one_line(config.run_dir):
             # Rank 0's answer: a network disk may show the others an older state.
             status = collectives.broadcast_object(run_dir.claim(primary=False))
             if status is Status.COMPLETE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Trainer:
         # What tells the best checkpoint, since the last one.
         self.scored, self.score_meter = ("loss/mask" if self.levels.mask else "loss/reconstruction"), Meters()
         self.guard = FiniteGuard(config.failure.skips)
-        self.rewinds = 0
+        self.rewinds = self.skipped_before = 0
         self.pictures: Pictures | None = None
         self.iteration = 0
         self.saved: int | None = None
@@ -118,25 +118,23 @@ class Trainer:
         # The others write no lines, and might read the file while it changes.
         alarm = SpikeAlarm(line for _, line in (read_lines(self.run_dir.metrics) if primary else ()))
         logbook = Logbook(writer, self.guard, alarm, config.display)
-        try:
-            self.telemetry = self.telemetry or self.start_telemetry()
-            # What lives now lives to the end: no collection has to look at it again.
-            gc.collect()
-            gc.freeze()
-            with self.preemption.deferred():
-                self._train(writer, logbook)
-            result = self.evaluate()
-            writer.result(result)
-            return result
-        except (KeyboardInterrupt, UserError, Preempted):
-            logbook.write_waiting()
-            self.bad_samples.write_own()
-            raise
-        finally:
-            gc.unfreeze()
-            self.writer.close()
-            writer.close()
-            self.loaders.close()
+        with ExitStack() as at_end:
+            for close in (self.loaders.close, writer.close, self.writer.close, gc.unfreeze):
+                at_end.callback(close)
+            try:
+                self.telemetry = self.telemetry or self.start_telemetry()
+                # What lives now lives to the end: no collection has to look at it again.
+                gc.collect()
+                gc.freeze()
+                with self.preemption.deferred():
+                    self._train(writer, logbook)
+                result = self.evaluate()
+                writer.result(result)
+                return result
+            except (KeyboardInterrupt, UserError, Preempted):
+                logbook.write_waiting()
+                self.bad_samples.write_own()
+                raise
 
     def _rewind(self, error: NotFinite) -> None:
         """Back to the last checkpoint, but on with the next data: the same would break the run again."""
@@ -165,7 +163,7 @@ class Trainer:
                 if self.saved != self.iteration and self._settle(logbook):
                     self.save(scheduled=False)
                 collectives.on_primary(self.writer.finish)
-                raise self.preemption.stopped(f"iteration {self.saved or 0}")
+                raise self.preemption.stopped(f"iteration {self.saved}" if self.saved else None)
         collectives.on_primary(self.writer.finish)
 
     def _settle(self, logbook: Logbook, at_end: bool = False) -> bool:
@@ -270,7 +268,7 @@ class Trainer:
             f"lr/{name}": level.lr(self.iteration - 1) for name, level in self.levels.by_name().items()
         }
         figures |= {"bad_samples": len(self.loaders.ledger), "rewinds": self.rewinds}
-        skipped = sum(level.engine.skipped_steps for level in self.levels.by_name().values())
+        skipped = self.skipped_before + self.levels.skipped_steps
         statistics["skipped_steps"] = torch.as_tensor(skipped, device=self.world.device)
         if self.telemetry is not None:
             figures |= self.telemetry.read()
@@ -316,6 +314,7 @@ class Trainer:
             "meters": self.meters.state_dict(),
             "peaks": self.peaks.state_dict(),
             "rewinds": self.rewinds,
+            "skipped_steps": self.skipped_before + int(self.levels.skipped_steps),
         }
         if self.levels.mask is not None:
             state["hypergradient"] = self.levels.mask.hypergradient.state_dict()
@@ -355,6 +354,10 @@ class Trainer:
         self.meters.load_state_dict(loaded.state["meters"], self.world.device)
         self.peaks.load_state_dict(loaded.state["peaks"], self.world.device)
         self.rewinds = loaded.state["rewinds"]
+        skipped = int(self.levels.skipped_steps)
+        self.skipped_before = (
+            max(loaded.state.get("skipped_steps", 0), self.skipped_before + skipped) - skipped
+        )
         self.score_meter.load_state_dict(loaded.state["score"], self.world.device)
         self.iteration = self.saved = loaded.state["iteration"]
         self.seconds = loaded.state["seconds"]

@@ -220,8 +220,8 @@ def to_8_bits(image: Image) -> Image:
     """The image, its 16 bits scaled; Pillow would clip them, and nearly all pixels would be white."""
     from PIL import Image
 
-    # Pillow makes 32 bits of a PGM's 16, and older releases of a PNG's. The range of others is not known.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    # Pillow makes 32 bits of a PGM's 16. The range of others is not known.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]  # a TIFF's may be 12
         return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -186,6 +186,8 @@ class TorchEngine:
             if moments:
                 step = moments["step"]
                 state.update({f"{key}.{name}": moments[key] for key in MOMENTS})
+        # The host's count does not know of skipped steps. From here on it is what a resumed run counts.
+        self._counter.restart(int(step))
         return host_copies({**state, "step": step}, self._parameters[0].device)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -118,12 +118,13 @@ class Judge:
         """
         running = [peer for peer in self._peers.values() if not peer.ended]
         dead = [peer for peer in running if peer.closed]
-        left = [peer for peer in self._peers.values() if self._missed(peer, now, broken or bool(dead))]
+        left = [peer for peer in self._peers.values() if self._missed(peer, now, broken, bool(dead))]
         if left:
             # Before those that died: a launcher kills the others when one leaves.
             first = min(left, key=lambda peer: peer.ended_at)
             assert first.ended is not None
             code, reason = first.ended
+            code = code or EXIT_LOST
             again = _RESUME if code in (EXIT_LOST, EXIT_PREEMPTED) else ""
             line = f"{first} has stopped: {reason}; last seen {first.place}{again}"
             return Verdict(line, code, [first.rank])
@@ -138,19 +139,18 @@ class Judge:
             return self._stuck(running, now)
         return None
 
-    def _missed(self, peer: _Peer, now: float, broken: bool) -> bool:
+    def _missed(self, peer: _Peer, now: float, broken: bool, died: bool) -> bool:
         """Whether a rank that has left keeps this one waiting.
 
-        Errors that all ranks meet together let each of them leave on its own, in its time.
+        Errors that all ranks meet together let each of them leave on its own, in its time. One that has
+        finished is missed where a message to it failed, and not because another one died.
         """
         if peer.ended is None:
             return False
         code, _ = peer.ended
-        if broken:
-            return True
-        if code == EXIT_OK:
-            return False
-        return now - peer.ended_at >= self._lost_after
+        if broken or code == EXIT_OK:
+            return broken
+        return died or now - peer.ended_at >= self._lost_after
 
     def _lost(self, lost: list[_Peer], reason: str) -> Verdict:
         first = min(lost, key=lambda peer: (peer.place, peer.rank))

@@ -29,6 +29,9 @@ class StepRecord:
 class StepCounter:
     """Counts the steps of every parameter on the host: a fused optimizer's own count lies on the device.
 
+    Steps that a fused optimizer skips by itself are counted until the next ``restart``: only the device knows
+    of them, and the bias corrections that the count is for forget one step more or less soon.
+
     Args:
         optimizer: its steps are counted, also when DeepSpeed takes them, one group at a time.
     """

@@ -108,9 +108,9 @@ def _evaluate(task: str, config: TaskConfig) -> dict[str, Any]:
                 f"rank 0 ({first}); of a run that is still training, name one of its checkpoints"
             )
         with (
-            told_in_one_line(out, lambda: (f"in {task}", _less_memory(config))),
             Preemption() as preemption,
             Watchdog(world, FAILURE.lost_after, FAILURE.stuck_after),
+            told_in_one_line(out, lambda: (f"in {task}", _less_memory(config))),
         ):
             status = collectives.broadcast_object(run_dir.claim(primary=False))
             if status is Status.COMPLETE:

@@ -19,7 +19,7 @@ import mlomae
 from mlomae_kernels._native import native_status
 from tests.architecture.source_tree import ROOT, python_files, requirement_lines
 
-_BUILD_INPUTS = ("setup.py", "pyproject.toml", "requirements.txt", "CMakeLists.txt", "LICENSE")
+_BUILD_INPUTS = ("setup.py", "pyproject.toml", "requirements.txt", "CMakeLists.txt", "LICENSE", "README.md")
 
 
 def _run_python(code: str, folder: Path) -> str:

@@ -95,6 +95,27 @@ def test_a_restored_engine_continues_bit_for_bit() -> None:
         assert torch.equal(other.snapshot()[name], value), name
 
 
+def test_after_a_skipped_step_a_restored_engine_records_the_same_steps() -> None:
+    config = LevelConfig(lr=0.05, eps=1e-3)
+    engine, restored = TorchEngine(fresh_model(), config), TorchEngine(fresh_model(), config)
+    (x, y), *_ = batches()
+    engine.descend(F.cross_entropy(engine(x), y), 0.05)
+    engine.descend(F.cross_entropy(engine(x), y) * torch.nan, 0.05)
+    assert int(engine.skipped_steps) == 1
+    restored.load_state_dict(engine.snapshot())
+
+    points, slopes = [], []
+    for each in (engine, restored):
+        before = [p.detach().clone() for p in each.module.parameters() if p.requires_grad]
+        record = each.descend_recorded(F.cross_entropy(each(x), y), 0.05, slope=True)
+        for found, expected in zip(record.point(), before, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        points.append(record.point())
+        slopes.append(record.slope)
+    for own, other in zip([*points[0], *(slopes[0] or [])], [*points[1], *(slopes[1] or [])], strict=True):
+        assert torch.equal(own, other)
+
+
 def test_a_loaded_state_is_not_shared() -> None:
     config = LevelConfig(lr=0.05)
     engine, other = TorchEngine(fresh_model(), config), TorchEngine(fresh_model(), config)

@@ -182,7 +182,7 @@ def test_the_whole_module_is_the_module(kind: str, ranks: list[Results]) -> None
         assert found["norm"] == pytest.approx(float(norm), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "torch"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_a_gradient_that_is_not_finite_is_skipped_and_counted(
     kind: str, ranks: list[Results]
 ) -> None:

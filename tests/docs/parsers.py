@@ -100,6 +100,12 @@ def mypy(words: Words) -> None:
     assert sources
 
 
+def shards(words: Words) -> None:
+    from mlomae.sharding.command import _parser
+
+    _parser().parse_args(words[2:])
+
+
 def gpu(words: Words) -> None:
     from benchmarks.gpu import _options
 

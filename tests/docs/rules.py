@@ -169,6 +169,7 @@ RULES: tuple[Rule, ...] = (
     Scaled(pattern=r"tensorboard --logdir runs", more="--inspect", given={"runs/x": "digits-run"}, slow=True),
     # Data.
     Parsed(pattern=r"--data\.dataset .*", parse=parsers.train, why="flags alone; no such data are here"),
+    Parsed(pattern=r"mlomae shards create .* --download\b.*", parse=parsers.shards, why="downloads"),
     Rule(
         pattern=r"mlomae shards create .*",
         given={"photos": "colours", "data/photos": "colours", "table.csv": "table", "colours": "colours"},

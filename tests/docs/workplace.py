@@ -22,8 +22,8 @@ from tests.architecture.source_tree import ROOT
 # Seconds for one command, on a busy machine too.
 PATIENCE = 600.0
 _CLONE = (
-    "*.md", "*.py", "LICENSE", "mkdocs.yml", "pyproject.toml", "requirements.txt", ".ci", "benchmarks",
-    "docs", "ds_configs", "examples", "kernels", "mlomae", "recipes", "slurm", "tests",
+    "*.cff", "*.md", "*.py", "LICENSE", "mkdocs.yml", "pyproject.toml", "requirements.txt", ".ci",
+    "benchmarks", "docs", "ds_configs", "examples", "kernels", "mlomae", "recipes", "slurm", "tests",
 )  # fmt: skip
 _LITTER = shutil.ignore_patterns("__pycache__", "*.so")
 # Of the launchers' and of pytest's own processes.

@@ -1,4 +1,7 @@
-"""``python dies.py ITERATION …``: trains as train.py does, but rank 1 dies before ITERATION, once."""
+"""``python dies.py END ITERATION …``: trains as train.py does, but rank 1 meets END before ITERATION, once.
+
+END is ``killed``, or ``memory``: there is none left.
+"""
 
 import os
 import sys
@@ -7,11 +10,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlomae.cli import main
+from mlomae.trainer import Trainer
 from tests.integration.tiny import train_and_die
 
+
+def run_out_of_memory(argv: list[str], iteration: int) -> int:
+    iterate = Trainer.iterate
+
+    def last(self: Trainer, current: int) -> object:
+        if current == iteration:
+            raise MemoryError
+        return iterate(self, current)
+
+    setattr(Trainer, "iterate", last)  # noqa: B010 - a plain assignment would not type-check
+    return main(argv)
+
+
 if __name__ == "__main__":
-    iteration, *words = sys.argv[1:]
+    end, iteration, *words = sys.argv[1:]
     argv = ["train", *words]
     if os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        train_and_die(argv, int(iteration))
+        sys.exit({"killed": train_and_die, "memory": run_out_of_memory}[end](argv, int(iteration)))
     sys.exit(main(argv))

@@ -26,7 +26,8 @@ FIELDS: dict[str, Any] = {**FEW_TO_FIT, "iterations": 8, "loggers": []}
 AT = 5
 Act = Callable[[Trainer], None]
 # What the libraries have taken, and 1.5 GiB: enough for the weights of a ViT-B, not for its activations.
-WITH_LITTLE_MEMORY = """
+WITH_LITTLE_MEMORY = {
+    "cpu": """
 import re, resource, sys
 from pathlib import Path
 import mlomae.run
@@ -34,7 +35,15 @@ from mlomae.cli import main
 taken = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 resource.setrlimit(resource.RLIMIT_AS, (taken + 3 * 2**29, -1))
 sys.exit(main(sys.argv[1:]))
-"""
+""",
+    "cuda": """
+import sys
+import torch
+from mlomae.cli import main
+torch.cuda.set_per_process_memory_fraction(3 * 2**29 / torch.cuda.get_device_properties(0).total_memory)
+sys.exit(main(sys.argv[1:]))
+""",
+}
 
 
 @pytest.fixture
@@ -126,11 +135,14 @@ def test_memory_that_runs_out_in_a_level(
     assert read_metrics(tmp_path / "run") == undisturbed
 
 
-def test_memory_that_really_runs_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_really_runs_out(device: str, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path / "large.yaml",
         {
             **FIELDS,
+            "device": device,
+            "compute.execution": "eager",
             "model.arch": "vit_base",
             "model.patch_size": 1,
             "pretrain.batch_size": 128,
@@ -141,7 +153,7 @@ def test_memory_that_really_runs_out(tmp_path: Path) -> None:
 
     words = ["train", "--config", str(recipe), "--run-dir", str(tmp_path / "run")]
     found = subprocess.run(
-        [sys.executable, "-c", WITH_LITTLE_MEMORY, *words],
+        [sys.executable, "-c", WITH_LITTLE_MEMORY[device], *words],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert found.returncode == 2, found.stderr
@@ -176,9 +188,10 @@ def test_a_loader_that_is_killed(
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("loggers", ["[]", "[tensorboard]"])
 def test_a_disk_that_is_full(
-    disk: Path, recipe: Path, undisturbed: list[dict[str, Any]], capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    loggers: str, disk: Path, recipe: Path, undisturbed: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     filler = disk / "filler"
 
@@ -192,12 +205,12 @@ def test_a_disk_that_is_full(
         before_iteration(patched, fill)
         # Where the log is what fails first, so does the checkpoint, on the way out.
         patched.setattr(warnings, "warn", lambda *_, **__: None)
-        code, line = train(recipe, disk / "run", capsys)
+        code, line = train(recipe, disk / "run", capsys, "--loggers", loggers)
     assert code == 2 and line.count("\n") == 1
     assert "cannot be written (No space left on device)" in line
 
     filler.unlink()
-    assert train(recipe, disk / "run", capsys)[0] == 0
+    assert train(recipe, disk / "run", capsys, "--loggers", loggers)[0] == 0
     assert read_metrics(disk / "run") == undisturbed
 
 

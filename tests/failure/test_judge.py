@@ -98,6 +98,21 @@ def test_bad_input_is_not_to_be_started_again() -> None:
     assert verdict is not None and AGAIN not in verdict.line
 
 
+def test_a_rank_that_has_finished_is_missed_only_where_a_message_to_it_failed() -> None:
+    judge = judge_of()
+    judge.ended(1, EXIT_OK, "it has finished", 1.0)
+    judge.closed(1)
+    assert judge.verdict(2.0) is None
+    line = "rank 1 on a has stopped: it has finished; last seen before the first iteration, start"
+    assert found(judge.verdict(2.0, broken=True)) == (line, EXIT_LOST, [1])
+    # Another one that dies is the one to name.
+    judge.closed(2)
+    line = (
+        "rank 2 on b is lost: the process ended without a word; last seen before the first iteration, start"
+    )
+    assert found(judge.verdict(2.0)) == (line, EXIT_LOST, [2])
+
+
 def test_the_last_rank_may_work_alone() -> None:
     judge = judge_of()
     for rank in (1, 2, 3):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlomae.arguments import EXIT_LOST
+from mlomae.arguments import EXIT_LOST, EXIT_USER_ERROR
 from tests.distributed.ranks import free_port
 from tests.integration.tiny import FEW_TO_FIT, read_metrics, tiny_config, train, write_recipe
 
@@ -65,6 +65,13 @@ def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
             process.wait()
 
 
+def meet(end: str, recipe: Path, run_dir: Path) -> list[tuple[int, str]]:
+    """Runs two ranks, the second of which meets its end."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    program = [str(DIES), end, str(DEATH)]
+    return finish(*(start(program, recipe, run_dir, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"))
+
+
 def assert_equals_whole(run_dir: Path, whole: list[dict[str, Any]]) -> None:
     found = read_metrics(run_dir)
     assert [row["step"] for row in found] == list(range(1, ITERATIONS + 1))
@@ -75,12 +82,7 @@ def assert_equals_whole(run_dir: Path, whole: list[dict[str, Any]]) -> None:
 def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(
     recipe: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        start([str(DIES), str(DEATH)], recipe, tmp_path / "run", RANK=rank, LOCAL_RANK=rank, **world)
-        for rank in "01"
-    ]
-    (code, said), (killed, _) = finish(*ranks)
+    (code, said), (killed, _) = meet("killed", recipe, tmp_path / "run")
     assert (code, killed) == (EXIT_LOST, -signal.SIGKILL), said
     assert LOST.fullmatch(said.strip())
     assert read_metrics(tmp_path / "run")[-1]["step"] < ITERATIONS
@@ -89,9 +91,18 @@ def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(
     assert_equals_whole(tmp_path / "run", whole)
 
 
+def test_where_one_rank_has_no_memory_all_say_so_with_its_exit_code(recipe: Path, tmp_path: Path) -> None:
+    (code, said), (own, line) = meet("memory", recipe, tmp_path / "run")
+    assert (code, own) == (EXIT_USER_ERROR, EXIT_USER_ERROR), said
+    assert re.fullmatch(r"mlomae: error: out of memory in \S+ of iteration 6: .*\n", line), line
+    assert re.fullmatch(
+        r"mlomae: error: rank 1 on \S+ has stopped: out of memory in \S+ of iteration 6: .*\n", said
+    ), said
+
+
 def test_torchrun_restarts_by_itself(recipe: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
-    ((code, said),) = finish(start([*launcher, str(DIES), str(DEATH)], recipe, tmp_path / "run"))
+    ((code, said),) = finish(start([*launcher, str(DIES), "killed", str(DEATH)], recipe, tmp_path / "run"))
     assert code == 0, said
     assert len(LOST.findall(said)) == 1
     assert_equals_whole(tmp_path / "run", whole)

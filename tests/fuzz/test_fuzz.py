@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,10 +88,21 @@ def test_broken_input_is_refused_in_one_line(target: Target, tmp_path: Path) -> 
 
 
 def test_the_watch_sees_what_is_forbidden(tmp_path: Path) -> None:
-    with watched(tmp_path):
-        (tmp_path / "inside").write_text("")
-        with pytest.raises(AssertionError, match="outside of the run directory"):
-            (tmp_path.parent / "outside").write_text("")
-        with pytest.raises(AssertionError, match=r"os\.system"):
-            os.system("true")
-    assert not (tmp_path.parent / "outside").exists()
+    inside, outside = tmp_path / "inside", tmp_path.parent / "outside"
+    for act, told in (
+        (lambda: outside.write_text(""), "outside of the run directory"),
+        (lambda: inside.rename(outside), "outside of the run directory"),
+        (lambda: os.system("true"), r"os\.system"),
+    ):
+        with pytest.raises(AssertionError, match=told), watched(tmp_path):
+            inside.write_text("")
+            act()
+    assert not outside.exists()
+
+
+def test_the_watch_cannot_be_silenced(tmp_path: Path) -> None:
+    """By readers that take every error for a damaged input."""
+    with pytest.raises(AssertionError, match=r"os\.system"), watched(tmp_path), suppress(Exception):
+        os.system("true")
+    with pytest.raises(AssertionError, match="no end"), watched(tmp_path, patience=1), suppress(Exception):
+        time.sleep(10)

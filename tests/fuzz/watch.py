@@ -22,16 +22,28 @@ FORBIDDEN = (
     "pickle.find_class",
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# Of these both ends are paths.
+_MOVING = ("os.rename", "os.link", "os.symlink")
 _watched: list[Path] = []
+_seen: list[str] = []
+
+
+def _refuse(what: str) -> None:
+    """Remembered too: readers take any error of a decoder for a damaged input."""
+    _seen.append(what)
+    raise AssertionError(what)
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watched:
         return
     if event in FORBIDDEN:
-        raise AssertionError(f"{event} {arguments}")
-    if event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "shutil.rmtree"):
+        _refuse(f"{event} {arguments}")
+    if event in ("os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
         _require_inside(event, arguments[0])
+    if event in _MOVING:
+        _require_inside(event, arguments[0])
+        _require_inside(event, arguments[1])
     if event == "open" and (arguments[2] or 0) & _WRITING:
         _require_inside(event, arguments[0])
 
@@ -41,7 +53,7 @@ def _require_inside(event: str, path: object) -> None:
         return
     where = Path(os.fsdecode(path)).resolve()  # type: ignore[arg-type]
     if _watched[0] not in (where, *where.parents):
-        raise AssertionError(f"{event} {path}, outside of the run directory")
+        _refuse(f"{event} {path}, outside of the run directory")
 
 
 sys.addaudithook(_audit)
@@ -53,17 +65,22 @@ def watched(folder: Path, patience: int = PATIENCE) -> Iterator[None]:
 
     Args:
         patience: seconds; 0 leaves the alarm alone.
+
+    Raises:
+        AssertionError: it was; at once, and on leaving where somebody caught that.
     """
 
     def too_long(*_: object) -> None:
-        raise AssertionError(f"no end after {patience} s")
+        _refuse(f"no end after {patience} s")
 
     if patience:
         before = signal.signal(signal.SIGALRM, too_long)
         signal.alarm(patience)
     _watched.append(folder)
+    _seen.clear()
     try:
         yield
+        assert not _seen, _seen
     finally:
         _watched.clear()
         if patience:

@@ -36,20 +36,25 @@ def test_operations_without_a_repeatable_form_are_refused(deterministic: None) -
         target.put_(index, torch.ones(2))
 
 
-@pytest.mark.slow
-def test_processes_give_the_same_bits_and_the_flag_changes_none(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", {**FEW_TO_FIT, "loggers": [], "masking.network": "mlp"})
-    found = []
-    for name, flags in {"first": ["--deterministic"], "second": ["--deterministic"], "without": []}.items():
-        run = tmp_path / name
-        words = ["train", "--config", str(recipe), "--run-dir", str(run), "--quiet", *flags]
-        subprocess.run([sys.executable, "-m", "mlomae", *words], cwd=ROOT, check=True)
-        path = checkpoint.newest(run / "checkpoints")
-        assert path is not None
-        found.append((checkpoint.read(path).tensors, read_metrics(run)))
-        assert f"deterministic: {str(bool(flags)).lower()}\n" in (run / "config.yaml").read_text()
+def trained(tmp_path: Path, device: str, name: str, *flags: str) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """A run in a process of its own: the tensors of its last checkpoint, and its log."""
+    fields = {**FEW_TO_FIT, "device": device, "loggers": [], "masking.network": "mlp"}
+    recipe, run = write_recipe(tmp_path / "tiny.yaml", fields), tmp_path / name
+    words = ["train", "--config", str(recipe), "--run-dir", str(run), "--quiet", *flags]
+    subprocess.run([sys.executable, "-m", "mlomae", *words], cwd=ROOT, check=True)
+    path = checkpoint.newest(run / "checkpoints")
+    assert path is not None
+    assert f"deterministic: {str(bool(flags)).lower()}\n" in (run / "config.yaml").read_text()
+    return checkpoint.read(path).tensors, read_metrics(run)
 
-    (tensors, lines), *others = found
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_processes_give_the_same_bits_and_on_a_cpu_the_flag_changes_none(device: str, tmp_path: Path) -> None:
+    runs = [trained(tmp_path, device, name, "--deterministic") for name in ("first", "second")]
+    if device == "cpu":
+        runs.append(trained(tmp_path, device, "without"))
+    (tensors, lines), *others = runs
     for other, other_lines in others:
         assert all(torch.equal(tensors[name], other[name]) for name in tensors)
         assert lines == other_lines

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from mlomae import checkpoint, trainer
+from mlomae import checkpoint, loggers, trainer
 from mlomae.arguments import EXIT_OK, EXIT_PREEMPTED
 from mlomae.cli import main
+from mlomae.data import decoding
 from mlomae.trainer import Trainer
 from tests.integration.test_resume import ROOT, interrupt
 from tests.integration.tiny import FEW_TO_FIT, read_metrics, read_result, without_pictures, write_recipe
@@ -45,8 +47,8 @@ def undisturbed(recipe: Path) -> Path:
     return recipe.parent / "undisturbed"
 
 
-def start(recipe: Path, run_dir: Path) -> int:
-    return main(["train", "--config", str(recipe), "--run-dir", str(run_dir)])
+def start(recipe: Path, run_dir: Path, *more: str) -> int:
+    return main(["train", "--config", str(recipe), "--run-dir", str(run_dir), *more])
 
 
 def send(number: signal.Signals) -> None:
@@ -123,6 +125,23 @@ def test_a_run_that_has_not_begun_stops_at_once(
 
     assert capsys.readouterr().err.startswith("mlomae: stopped by SIGTERM; the same command goes on")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_an_image_is_decoded_does_not_damage_it(
+    fill_images: Callable[..., Path], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, more = decoding._convert, ["--data.dataset", "folder", "--data.path", str(fill_images(mode="L"))]
+    monkeypatch.setattr(decoding, "_convert", lambda *given: (send(signal.SIGUSR1), decode(*given))[1])
+
+    assert start(recipe, tmp_path / "run", *more, "--data.workers", "0") == EXIT_PREEMPTED
+    assert not list(tmp_path.rglob("bad_samples.jsonl"))
+
+
+def test_a_signal_while_a_logger_is_opened_is_no_error_of_it(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loggers._OPEN, "tensorboard", lambda *given: send(signal.SIGTERM))
+    assert start(recipe, tmp_path / "run", "--loggers", "[tensorboard]") == EXIT_PREEMPTED
 
 
 @pytest.mark.slow

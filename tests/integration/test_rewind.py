@@ -121,6 +121,17 @@ def test_a_run_goes_back_so_often_and_no_more(tmp_path: Path, breaking: Break) -
     assert broken == [5] * 4
 
 
+def test_skipped_steps_are_counted_over_restarts(tmp_path: Path, breaking: Break) -> None:
+    breaking("pretrain", break_next_gradient, 1)
+    run(tmp_path, checkpoint_every=1, keep_checkpoints=9)
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["skipped_steps"] == 1
+    # As if it had been killed before its last checkpoint.
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+    run(tmp_path, checkpoint_every=1, keep_checkpoints=9)
+    assert read_metrics(tmp_path) == rows
+
+
 def test_returns_are_counted_over_restarts(tmp_path: Path, breaking: Break) -> None:
     assert breaking("mask", break_weights, 1) == []
     run(tmp_path, failure__rewinds=1)

@@ -6,9 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mlomae import loggers
 from mlomae.config import Config
 from mlomae.errors import UserError
 from mlomae.loggers import open_loggers
@@ -155,6 +157,45 @@ def test_lost_server_does_not_end_a_run(
     logger.close(finished=True)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mlomae:")]
     assert line.startswith("mlomae: mlflow: ") and line.endswith("; the run goes on without it")
+
+
+class Slow:
+    """A logger that takes nothing before it is let go."""
+
+    def __init__(self, *_: object) -> None:
+        self.go, self.taken = threading.Event(), list[int]()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.go.wait()
+        self.taken.append(step)
+
+    def image(self, step: int, name: str, png: bytes) -> None: ...
+
+    def close(self, finished: bool) -> None:
+        self.taken.append(-1)
+
+
+def test_a_slow_server_holds_neither_memory_nor_the_end_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loggers, "PATIENCE_STOPPED", 0.2)
+    monkeypatch.setattr(loggers, "WAITING", 4)
+    for steps, told in ((2, "does not take the rest within 0.2 s"), (8, "4 lines wait for it")):
+        slow = Slow()
+        aside = loggers._Aside("x", slow)
+        for step in range(steps):
+            aside.scalars(step, {})
+        aside.close(finished=False)
+        assert capsys.readouterr().err == f"mlomae: x: {told}; the run goes on without it\n"
+        slow.go.set()
+    monkeypatch.setattr(loggers, "WAITING", 5)
+    patient = Slow()
+    patient.go.set()
+    aside = loggers._Aside("x", patient)
+    for step in range(3):
+        aside.scalars(step, {})
+    aside.close(finished=True)
+    assert patient.taken == [0, 1, 2, -1] and capsys.readouterr().err == ""
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
