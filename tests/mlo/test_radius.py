@@ -54,6 +54,33 @@ def test_adaptive_radius_comes_near_the_least_error(
     assert radius.error == pytest.approx(true_error(values), rel=0.5)
 
 
+def differences(order: int, truncation: float, rounding: float) -> tuple[float, float]:
+    """Norms of D(2r) - D(r) and D(r) - D(r/2), whose errors are these at r."""
+    wide = (2**order - 1) ** 2 * truncation**2 + 1.25 * rounding**2
+    narrow = (1 - 2**-order) ** 2 * truncation**2 + 5 * rounding**2
+    return math.sqrt(wide), math.sqrt(narrow)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("truncation", "rounding"), [(1.0, 0.0), (0.0, 1.0), (0.3, 0.2), (1e-3, 2.0)])
+def test_two_differences_tell_both_errors(order: int, truncation: float, rounding: float) -> None:
+    wide, narrow = differences(order, truncation, rounding)
+    found = Radius(1e-3, order, adaptive=True)._split(wide**2, narrow**2)
+    assert found == pytest.approx((truncation**2, rounding**2), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_radius_moves_where_the_least_error_is_far_enough(order: int) -> None:
+    radius = Radius(1e-3, order, adaptive=True)
+    # At the best radius the squares have the ratio `order`.
+    wide, narrow = differences(order, 1.0, math.sqrt(order))
+    least, pure_rounding = narrow / wide, 2.0
+    larger, smaller = math.sqrt(least * pure_rounding), 0.8 * least
+    moves = [radius._move(1.0, ratio) for ratio in (1.001 * larger, 0.999 * larger, least)]
+    assert moves == [2.0, 1.0, 1.0]
+    assert [radius._move(1.0, ratio) for ratio in (1.001 * smaller, 0.999 * smaller)] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("radius", [1e-6, 1e-4, 1e-2])
 def test_fixed_radius_stays_and_its_error_is_estimated(radius: float) -> None:
     at = difference(2, 1e2, 1e-6)
