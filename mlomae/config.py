@@ -7,6 +7,7 @@ schedules, clipping and precision; a DeepSpeed config owns ZeRO and communicatio
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -97,6 +98,34 @@ RESUMABLE_CHANGES = {
 def load_config(path: Path | None, overrides: dict[str, str]) -> Config:
     """``load_tree`` of a run."""
     return load_tree(path, overrides, Config)
+
+
+def load_run(run: Path, overrides: dict[str, str]) -> Config:
+    """The configuration of a run directory, which may be a stranger's: no command in it will be run.
+
+    Raises:
+        UserError: see ``load_tree``; or its images come from a command that ``overrides`` do not replace.
+    """
+    config = load_config(run / "config.yaml", overrides)
+    refuse_commands(run, config.data, {name.removeprefix("data.") for name in overrides})
+    return config
+
+
+def refuse_commands(run: Path, data: DataConfig, given: Collection[str]) -> None:
+    """Refuses to run what a run's configuration, and not the user, names as a command.
+
+    Args:
+        given: fields of ``data`` that the user has set.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, value in (("path", data.path), ("test_path", data.test_path)):
+        if name not in given and str(value).startswith("pipe:"):
+            raise UserError(
+                f"data.{name}: {run / 'config.yaml'} names a command, which is run only if you give it: "
+                f"--data.{name} {str(value)!r}"
+            )
 
 
 def load_tree(path: Path | None, overrides: dict[str, str], root: type[Tree]) -> Tree:

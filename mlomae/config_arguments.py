@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mlomae.arguments import Parser, nearest
-from mlomae.config import Config, load_config
+from mlomae.config import Config, load_config, load_run
 from mlomae.errors import UserError
 from mlomae.run_dir import to_json
 from mlomae.sections import Display, Section
@@ -154,5 +154,4 @@ def run_or_recipe(
     known, fields = parse_known(parser, argv if run is None else argv[1:])
     if (run is None) == (known.config is None):
         raise UserError(f"{command}: give a run directory or --config FILE; see {command} --help")
-    path = known.config if run is None else run / "config.yaml"
-    return run, known, load_config(path, fields)
+    return run, known, load_config(known.config, fields) if run is None else load_run(run, fields)

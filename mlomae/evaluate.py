@@ -76,14 +76,24 @@ def linear_accuracy(train: FeatureSet, heldout: FeatureSet, test: FeatureSet) ->
     from sklearn.metrics import log_loss
 
     (x, y), (heldout_x, heldout_y), (test_x, test_y) = map(_arrays, (train, heldout, test))
-    classes = np.unique(y)
-    probe, losses = _probe(), {}
-    # From the strongest regularisation to the weakest: each optimum is near to the one before.
-    for strength in sorted(PROBE_STRENGTHS):
-        _fit(probe, strength, x, y)
-        losses[strength] = float(log_loss(heldout_y, probe.predict_proba(heldout_x), labels=classes))
-    best = min(PROBE_STRENGTHS, key=losses.__getitem__)
-    _fit(probe, best, np.concatenate([x, heldout_x]), np.concatenate([y, heldout_y]))
+    both_x, both_y = np.concatenate([x, heldout_x]), np.concatenate([y, heldout_y])
+    classes, all_classes = np.unique(y), np.unique(both_y)
+    if len(all_classes) < 2:
+        return float((test_y == all_classes[0]).mean())
+    # In a small set a class may be held out as a whole, and no regularisation predicts it.
+    known = np.isin(heldout_y, classes)
+    probe, best = _probe(), min(PROBE_STRENGTHS)
+    if len(classes) > 1 and known.any():
+        losses = {}
+        # From the strongest regularisation to the weakest: each optimum is near to the one before.
+        for strength in sorted(PROBE_STRENGTHS):
+            _fit(probe, strength, x, y)
+            predicted = probe.predict_proba(heldout_x[known])
+            losses[strength] = float(log_loss(heldout_y[known], predicted, labels=classes))
+        best = min(PROBE_STRENGTHS, key=losses.__getitem__)
+    if len(all_classes) > len(classes):
+        probe = _probe()  # the last fit has no place for the others
+    _fit(probe, best, both_x, both_y)
     return float(probe.score(test_x, test_y))
 
 

@@ -62,7 +62,9 @@ class FiniteGuard:
             zero = torch.zeros((), dtype=torch.int64, device=loss.device)
             self._levels[level] = _Level(zero, zero, zero + _NEVER)
         state = self._levels[level]
-        bad = ~torch.isfinite(loss) | (torch.as_tensor(skipped, device=loss.device) > state.skipped)
+        if isinstance(skipped, int):  # filled in on the device: a copy from the host would wait
+            skipped = torch.full((), skipped, device=loss.device)
+        bad = ~torch.isfinite(loss) | (skipped > state.skipped)
         broken = ~torch.isfinite(weight_norm)
         state.skipped = skipped
         state.began = torch.where(bad & (state.streak > 0), state.began, iteration)

@@ -30,12 +30,12 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f"IMAGE: {len(known.images)} of them do not fit on a page; give {MAX_IMAGES} at most")
     if not known.out.parent.is_dir():
         raise UserError(f"--out {known.out}: {known.out.parent} is not a folder")
-    draw(known.checkpoint, known.images, known.out)
+    draw(known.checkpoint, known.images, known.out, {n: v for n, v in vars(known).items() if "." in n and v})
     print(known.out)
     return EXIT_OK
 
 
-def draw(path: Path, files: Sequence[Path], out: Path) -> None:
+def draw(path: Path, files: Sequence[Path], out: Path, fields: dict[str, str]) -> None:
     """Writes a PNG with a row per image: input, removal probability, influence, masked, reconstruction.
 
     The influence needs the run's own images too: a training batch and a held-out batch tell the direction in
@@ -43,15 +43,16 @@ def draw(path: Path, files: Sequence[Path], out: Path) -> None:
 
     Args:
         path: run directory (its newest checkpoint), or one of its checkpoints.
+        fields: of the run's configuration that are others now: ``data.path``, ``data.test_path``.
 
     Raises:
         UserError: it is no run, its data is missing, or an image cannot be read.
     """
     # Imported late: --help and misuse answer at once.
-    from mlomae.config import load_config
+    from mlomae.config import load_run
     from mlomae.distributed.env import join_world
     from mlomae.interop.encoder import load_encoder
-    from mlomae.interop.runs import CONFIG, run_of
+    from mlomae.interop.runs import run_of
     from mlomae.run_dir import RunDir
     from mlomae.trainer import Trainer
     from mlomae.visualize import mask_picture
@@ -59,7 +60,7 @@ def draw(path: Path, files: Sequence[Path], out: Path) -> None:
     run = run_of(path)
     if run is None:
         raise UserError(f"{path}: is neither a run directory nor a checkpoint of one, such as runs/x")
-    config = load_config(run / CONFIG, {})
+    config = load_run(run, fields)
     images = load_encoder(path).preprocess(files)
     # Nothing is written into the run, which may be training now.
     trainer = Trainer(config, RunDir(run, config), join_world(config.device), None)
@@ -121,4 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=Path("visualize.png"), help="PNG (default: %(default)s)"
     )
+    for name in ("data.path", "data.test_path"):
+        parser.add_argument(f"--{name}", dest=name, metavar="PATH", help="where the run's images are now")
     return parser

@@ -47,6 +47,24 @@ def test_labels_without_relation_to_the_features_are_guessed() -> None:
         assert accuracy == pytest.approx(1 / CLASSES, abs=0.1)
 
 
+def test_a_class_that_is_held_out_as_a_whole_is_learned_in_the_last_fit() -> None:
+    train, heldout, test = _blobs(80, 0), _blobs(40, 1), _blobs(40, 2)
+    seen = train.labels != 2
+    assert _scores(FeatureSet(train.features[seen], train.labels[seen]), heldout, test) == {
+        "knn_accuracy": 1.0, "linear_accuracy": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("heldout_label", [0, 1])
+def test_one_class_needs_no_probe(heldout_label: int) -> None:
+    one, other, test = (_blobs(20, seed) for seed in range(3))
+    train = FeatureSet(one.features, torch.zeros_like(one.labels))
+    heldout = FeatureSet(other.features, torch.full_like(other.labels, heldout_label))
+    expected = float((test.labels == 0).float().mean())
+    found = linear_accuracy(train, heldout, test)
+    assert 0 <= found <= 1 and (heldout_label or found == pytest.approx(expected))
+
+
 def test_neighbours_are_training_and_heldout_images() -> None:
     train, test = _blobs(80, 0), _blobs(40, 2)
     wrong = FeatureSet(train.features, (train.labels + 1) % CLASSES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from mlomae.data.faults import BadSample
 from mlomae.data.urls import with_retries
 from mlomae.errors import UserError
 
+# Of a name that no file can have.
+_NO_NAME = (errno.ELOOP, errno.ENAMETOOLONG)
 _LOST = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 UNLABELLED = ("unlabelled", "unlabeled")  # a folder beside the class folders that is no class
 
@@ -112,5 +115,7 @@ class FilesSource:
             return path.read_bytes()
         except _LOST as error:
             raise BadSample("unreadable", f"cannot be read ({error.strerror})") from None
-        except OSError:  # of a disk or a network, which may come back
+        except OSError as error:  # of a disk or a network, which may come back
+            if error.errno in _NO_NAME:
+                raise BadSample("unreadable", f"cannot be read ({error.strerror})") from None
             return with_retries(path.read_bytes, str(path))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -116,17 +117,22 @@ class Stream:
         """How the images are read, in words."""
         return "random access" if self._lanes is None else f"shards read in {self._lanes} lanes"
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: number of the next batch. Batches that were read ahead do not count."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position: number of the next batch, and of which images. What was read ahead does not count."""
         lanes = {} if self._lanes is None else {"lanes": self._lanes}
-        return {"next": self._next, **lanes}
+        return {"next": self._next, "images": self._subset.digest, **lanes}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues there.
 
         Raises:
-            UserError: the order was another one, or the ranks cannot share the lanes of that stream.
+            UserError: the images or the order were others, or the ranks cannot share that stream's lanes.
         """
+        if state.get("images", self._subset.digest) != self._subset.digest:
+            raise UserError(
+                f"data.path: the {self._level} level has read other images so far than are found now (their "
+                "names or their number differ); give the same ones, or begin another run_dir"
+            )
         lanes = state.get("lanes")
         if (self._lanes is None) != (lanes is None):
             before, now = ("random", "sequential") if lanes is None else ("sequential", "random")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,14 @@ from mlomae.data.transforms import Augment, augment, augment_maps, fit, load, lo
 # of which only a shard or a folder is bad does not get there.
 MAX_IN_A_ROW = 100
 Content = TypeVar("Content")
+
+
+def digest_of_keys(keys: Iterable[str]) -> str:
+    """Of names in their order: 16 hex digits."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(f"{key}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,11 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the names of its images: 16 hex digits."""
+        return digest_of_keys(self.source.keys[index] for index in self.indices.tolist())
 
     def read(self, rows: Tensor, kind: Augment, u: Tensor) -> Loaded:
         """Images of ``rows`` [B]; in place of a bad sample stands a good one, which depends on its row only.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mlomae.config import load_config
+from mlomae.config import load_config, refuse_commands
 from mlomae.data.dataset import STATISTICS, Source
 from mlomae.data.decoding import MODES
 from mlomae.data.ledger import FaultLedger
@@ -40,8 +40,9 @@ def with_data_of_run(values: Any) -> Any:
             f"data.dataset: missing, and {values['encoder']} is of no run whose images could be "
             "taken; give data.dataset and data.path"
         )
-    known = load_config(run / CONFIG, {}).data.model_dump(include=set(ImagesConfig.model_fields))
-    return {**values, "data": {**known, **given}}
+    known = load_config(run / CONFIG, {}).data
+    refuse_commands(run, known, given)
+    return {**values, "data": {**known.model_dump(include=set(ImagesConfig.model_fields)), **given}}
 
 
 class LabelledImages:

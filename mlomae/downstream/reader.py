@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from mlomae.data.batches import Batches, Order, PixelBatch, iterate
 from mlomae.data.faults import HopelessError
 from mlomae.data.ledger import FaultLedger
 from mlomae.data.stream import upload_ahead
+from mlomae.data.subset import digest_of_keys
 from mlomae.distributed.env import World
 from mlomae.downstream.sections import TrainedTaskConfig
 from mlomae.errors import UserError
@@ -87,10 +87,7 @@ class Reader:
 
 def digest_of(names: Iterable[str], num_classes: int) -> str:
     """Of the names of the training images and the number of classes: 16 hex digits."""
-    digest = hashlib.sha256(str(num_classes).encode())
-    for name in names:
-        digest.update(f"{name}\n".encode())
-    return digest.hexdigest()[:16]
+    return digest_of_keys([str(num_classes), *names])
 
 
 def order_of(config: TrainedTaskConfig, task: str, num_images: int, world: World) -> Order:

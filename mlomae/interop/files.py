@@ -49,11 +49,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
     for name in sorted(set(shards.values())):
         if Path(name).name != name:
             raise UserError(f"{path}: names the file {name!r}, which is not in this folder")
-        tensors |= read_tensors(folder / name)[0]
+        tensors |= _read_raw(folder / name)[0]
     missing = sorted(shards.keys() - tensors.keys())
     if missing:
         raise UserError(f"{path}: its files lack {first_few(missing)}")
-    return tensors, path
+    return _without_prefixes(tensors), path
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,8 +64,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the file is absent, damaged, of another kind, or holds more than plain data.
     """
+    tensors, beside = _read_raw(path)
+    return _without_prefixes(tensors), beside
+
+
+def _read_raw(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``read_tensors`` with names as they are."""
     if path.suffix == ".safetensors":
-        return _without_prefixes(_read_safetensors(path)), {}
+        return _read_safetensors(path), {}
     if path.suffix not in PICKLED:
         raise UserError(f"{path}: unknown kind of file; expected .safetensors, {', '.join(PICKLED)}")
     content: Any = _read_pickled(path)
@@ -79,7 +85,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise UserError(f"{path}: holds no state dict; found values that are no tensors: {first_few(others)}")
-    return _without_prefixes({str(name): value for name, value in content.items()}), beside
+    return {str(name): value for name, value in content.items()}, beside
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -55,9 +55,13 @@ class MaskingNetwork(nn.Module, ABC):
         """[B, L, D] tokens → [B, L] scores of any size."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, L, D] patch tokens (before positions) → [B, L] scores within ±bound, float32 or float64."""
-        raw = self.raw_scores(tokens)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        """[B, L, D] patch tokens (before positions) → [B, L] scores within ±bound, float32 or float64.
+
+        Autocast does not reach in: the mask step has to differentiate the scores that weighed the patches,
+        and those are taken outside of it.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            raw = self.raw_scores(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
         centred = raw - raw.mean(dim=1, keepdim=True)
         return self.bound * torch.tanh(centred / self.bound)
 

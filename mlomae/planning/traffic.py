@@ -1,7 +1,8 @@
 """What one rank sends: bytes of every collective of an average outer iteration.
 
 A ring of n ranks sends (n - 1) / n of a tensor to reduce it to shards, as much to gather it from shards, and
-twice as much to reduce it everywhere. What only log lines and checkpoints send is left out.
+twice as much to reduce it everywhere. What only log lines and checkpoints send is left out, and
+so are the head's gradients of ``best_response: implicit``, one per residual until its solver is content.
 """
 
 from __future__ import annotations

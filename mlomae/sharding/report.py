@@ -254,7 +254,7 @@ def _count_differences(index: ShardIndex, number: int, fresh: ShardIndex) -> int
 
 
 def _compare_with_counts(one: ShardSet, name: str, fresh: ShardIndex) -> Iterator[Problem]:
-    found, listed = fresh.shards[0].num_samples, one.counts.get(name)
+    found, listed = fresh.count_all(fresh.shards[0]), one.counts.get(name)
     if listed is not None and listed != found:
         yield Problem(name, f"{found} samples", f"{listed} samples by {INFO_NAMES[0]}")
 
@@ -277,7 +277,7 @@ def _compare_lists(one: ShardSet) -> Iterator[Problem]:
         if one.complete and name not in names:
             yield Problem(name, "no such file", f"the shard, which {INFO_NAMES[0]} names")
         elif one.index is not None and name in one.numbers:
-            indexed = one.index.shards[one.numbers[name]].num_samples
+            indexed = one.index.count_all(one.index.shards[one.numbers[name]])
             if indexed != count:
                 yield Problem(name, f"{count} samples by {INFO_NAMES[0]}", f"{indexed} samples by the index")
     if one.complete and one.counts:

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,40 @@ def test_counts_are_compared_with_timms_listing(
     else:
         with pytest.raises(UserError, match=r"train-0\.tar: holds 4 samples, but timm's listing says 5"):
             open_shards(tmp_path)
+
+
+def test_timm_counts_bad_samples_too(
+    tmp_path: Path, encode: Callable[..., bytes], write_tar: Callable[..., None]
+) -> None:
+    good = {f"{key}.{kind}": content for key in "ab" for kind, content in (("png", encode(1)), ("cls", b"0"))}
+    write_tar(tmp_path / "train-0.tar", {**good, "c.png": encode(2), "c.cls": b"cat", "d.cls": b"1"})
+    split = {"filenames": ["train-0.tar"], "shard_lengths": [4], "num_samples": 4}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    assert len(open_shards(tmp_path).train) == 2
+
+
+def test_parts_that_number_their_classes_differently_are_refused(
+    tmp_path: Path, fill_shard: Callable[..., None]
+) -> None:
+    for part, classes in (("train", ("ant", "bee")), ("test", ("bee", "cat"))):
+        fill_shard(tmp_path / f"{part}-0.tar", 4)
+        index = scan([str(tmp_path / f"{part}-0.tar")])
+        write_index(tmp_path / f"{part}-index.json", replace(index, classes=classes))
+    dataset = open_shards(tmp_path)
+    assert dataset.open_test is not None
+    with pytest.raises(UserError, match=r"^data\.test_path: .* numbers its classes in another way"):
+        dataset.open_test()
+
+
+def test_a_test_part_without_samples(
+    tmp_path: Path, fill_shard: Callable[..., None], write_tar: Callable[..., None]
+) -> None:
+    fill_shard(tmp_path / "train-0.tar", 4)
+    write_tar(tmp_path / "test-0.tar", {"a.cls": b"0"})
+    dataset = open_shards(tmp_path)
+    assert dataset.open_test is not None
+    with pytest.raises(UserError, match=r"^data\.test_path: no samples in .*test-0\.tar"):
+        dataset.open_test()
 
 
 def test_a_pattern_with_a_test_pattern(tmp_path: Path, fill_shard: Callable[..., None]) -> None:

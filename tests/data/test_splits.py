@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlomae.data.dataset import Dataset, TensorSource
 from mlomae.data.faults import BadSample
+from mlomae.data.folder import FilesSource
 from mlomae.data.sources import open_dataset
 from mlomae.data.splits import Splits, make_splits, verify_disjoint
 from mlomae.errors import UserError
@@ -168,6 +169,20 @@ def test_a_test_image_that_is_a_training_image_is_refused(folder: Path, duplicat
     )
     with pytest.raises(UserError, match=message):
         make_splits(open_dataset(data, 3), data)
+
+
+def test_files_that_differ_late_are_apart(folder: Path) -> None:
+    """As scans of one size with a black border, whose first mebibyte is the same."""
+    for part, last in (("train", b"a"), ("test", b"b")):
+        (folder / part / "a" / "scan.bmp").write_bytes(bytes(2**20) + last)
+    data = DataConfig(dataset="folder", path=folder)
+    make_splits(open_dataset(data, 3), data)
+
+
+def test_a_name_that_no_file_can_have_is_a_bad_sample(folder: Path) -> None:
+    source = FilesSource(folder, ["x" * 300 + ".png"], None)
+    with pytest.raises(BadSample, match="cannot be read"):
+        source.content(0)
 
 
 def test_a_linked_test_folder_is_refused(folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -64,6 +66,28 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def results(encoder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (encoder / "evaluations.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["eval", "knn", "RUN"], ["visualize", "RUN", "x.png"], ["profile", "RUN"], ["hypergrad-check", "RUN"]],
+    ids=lambda words: words[0],
+)
+def test_a_command_in_a_strangers_run_is_not_run(
+    words: list[str], encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((encoder / "config.yaml").read_text())
+    command = f"pipe:touch {tmp_path}/was-run; cat {tmp_path}/train-{{0..1}}.tar"
+    config["data"] |= {"dataset": "shards", "path": command}
+    (encoder / "config.yaml").write_text(yaml.safe_dump(config))
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    given = {"RUN": str(encoder), "x.png": str(tmp_path / "x.png")}
+    assert main([given.get(word, word) for word in words]) == EXIT_USER_ERROR
+    line = (
+        f"mlomae: error: data.path: {encoder}/config.yaml names a command, which is run only if you give it: "
+    )
+    assert capsys.readouterr().err.startswith(line)
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_results_are_left_in_the_run(once: Path) -> None:

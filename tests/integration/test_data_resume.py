@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -17,9 +18,11 @@ import pytest
 from mlomae.config import Config
 from mlomae.data.loader import Part
 from mlomae.data.shards.source import FileReader
+from mlomae.errors import UserError
 from tests.integration import read_keys
 from tests.integration.bad_shards import WAYS, label, pixels, write_shards
 from tests.integration.read_keys import LEVELS, KeyReader, Rows, log_file, read_log
+from tests.integration.tiny import tiny_config, train
 
 KILLS = 50
 SHARDS, SAMPLES = 6, 20
@@ -203,6 +206,19 @@ def test_the_number_of_ranks_may_change_at_a_restart(
                 rank.load_state_dict(state)
         assert together(ranks, step) == whole
         state = ranks[-1].state_dict()
+
+
+def test_other_images_are_noticed(fill_images: Callable[..., Path], tmp_path: Path) -> None:
+    """A file more is another order of all: what was seen and what is held out would change without a word."""
+    folder = fill_images(mode="L")
+    fields = {"data.dataset": "folder", "data.path": folder, "run_dir": tmp_path / "run", "iterations": 2}
+    train(tiny_config(fields))
+    (tmp_path / "run" / "result.json").unlink(missing_ok=True)
+    elsewhere = shutil.copytree(folder, tmp_path / "moved")
+    assert train(tiny_config({**fields, "data.path": elsewhere})).iteration == 2
+    shutil.copy(elsewhere / "class0" / "0000.png", elsewhere / "class0" / "more.png")
+    with pytest.raises(UserError, match=r"^data\.path: the \w+ level has read other images so far"):
+        train(tiny_config({**fields, "data.path": elsewhere}))
 
 
 @pytest.mark.parametrize("access", ACCESSES)

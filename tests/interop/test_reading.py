@@ -254,13 +254,15 @@ def test_a_folder_of_vit_mae(saved: str, tmp_path: Path) -> None:
         torch.testing.assert_close(load_encoder(tmp_path).tokens(IMAGES), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
 @pytest.mark.parametrize("kind", ["ViTMAEModel", "ViTModel", "ViTForImageClassification"])
-def test_folders_of_hugging_faces_encoders(kind: str, tmp_path: Path) -> None:
+def test_folders_of_hugging_faces_encoders(kind: str, size: str, tmp_path: Path) -> None:
     import transformers
 
     config = (transformers.ViTMAEConfig if kind == "ViTMAEModel" else transformers.ViTConfig)(**hf_fields())
     model = shuffled(getattr(transformers, kind)(config)).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (size == "100KB")
     transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(
         tmp_path
     )

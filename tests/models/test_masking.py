@@ -82,9 +82,12 @@ def test_images_get_different_scores_at_initialisation(network: str) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_scores_are_float32_under_autocast(network: str) -> None:
+def test_autocast_does_not_change_the_scores(network: str) -> None:
+    built, tokens = _build(network), _tokens()
+    scores = built(tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        assert _build(network)(_tokens()).dtype == torch.float32
+        assert torch.equal(built(tokens), scores)
+    assert scores.dtype == torch.float32
     assert _build(network).double()(_tokens().double()).dtype == torch.float64
 
 

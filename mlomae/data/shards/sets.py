@@ -50,6 +50,13 @@ def open_shards(data: ImagesConfig, in_chans: int) -> Dataset:
     def open_test() -> Source:
         test = ShardSource(open_index(test_where))
         _verify_apart(index, test.index)
+        if not len(test):
+            raise UserError(f"data.test_path: no samples in {_first(test_where)}; expected images")
+        if None not in (index.classes, test.index.classes) and index.classes != test.index.classes:
+            raise UserError(
+                f"data.test_path: {_first(test_where)} numbers its classes in another way than the training "
+                "shards; make both parts with one `mlomae shards create`, or write indexes with --classes"
+            )
         if num_classes is not None:
             unlabelled = (test.index.samples.labels < 0).nonzero().flatten().tolist()
             if unlabelled:
@@ -210,10 +217,11 @@ def _verify_apart(train: ShardIndex, test: ShardIndex) -> None:
 
 def _verify_counts(index: ShardIndex, counts: dict[str, int]) -> None:
     for shard in index.shards:
-        expected = counts.get(shard_name(shard.url), shard.num_samples)
-        if shard.num_samples != expected:
+        found = index.count_all(shard)
+        expected = counts.get(shard_name(shard.url), found)
+        if found != expected:
             raise UserError(
-                f"{shard.url}: holds {shard.num_samples} samples, but timm's listing says {expected}; copy "
+                f"{shard.url}: holds {found} samples, but timm's listing says {expected}; copy "
                 "the shard again"
             )
 

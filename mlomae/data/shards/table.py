@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlomae.data.faults import Fault
+from mlomae.data.urls import shard_name
 
 
 class PackedStrings(Sequence[str]):
@@ -114,6 +115,13 @@ class ShardIndex:
     samples: SampleTable
     classes: tuple[str, ...] | None = None
     faults: tuple[Fault, ...] = field(default=())
+
+    def count_all(self, shard: Shard) -> int:
+        """Samples of a shard, unusable ones included, as other programs count them."""
+        prefix = f"{shard_name(shard.url)}/"
+        faults = [fault for fault in self.faults if fault.key.startswith(prefix)]
+        # A duplicate is a member of a sample that counts already.
+        return shard.num_samples + sum(fault.kind != "duplicate" for fault in faults)
 
 
 def join_indexes(indexes: Sequence[ShardIndex]) -> ShardIndex:
