@@ -56,8 +56,9 @@ class Preemption:
         """
         cause = "a signal to another rank" if self._received is None else self._received.name
         kind = Interrupted if self._received is signal.SIGINT else Preempted
-        when = "before anything was saved" if saved is None else f"after {saved}, which is saved"
-        return kind(f"stopped by {cause} {when}; the same command goes on")
+        if saved is None:
+            return kind(f"stopped by {cause} before anything was saved; the same command begins anew")
+        return kind(f"stopped by {cause} after {saved}, which is saved; the same command goes on")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
