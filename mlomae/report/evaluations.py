@@ -53,7 +53,8 @@ def _baseline(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         return {}
 
     def data(of: Run) -> dict[str, Any]:
-        return {name: value for name, value in of.config.items() if name.startswith("data.")}
+        fields = {name: value for name, value in of.config.items() if name.startswith("data.")}
+        return {name: value for name, value in fields.items() if name not in _NO_SETTING}
 
     found = [
         other for other in runs if other.policy == "random" and other.result and data(other) == data(run)
@@ -78,7 +79,8 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
     if not fields:
         return None
     rows = []
-    for group in repeated:
+    # A seed that was run again is no other seed: the last one given counts.
+    for group in (list({run.config["seed"]: run for run in group}.values()) for group in repeated):
         names, policy = ", ".join(run.name for run in group), group[0].policy
         columns = _fields(run.result or {} for run in group)
         cells = [_mean([value for value in columns.get(name, []) if is_number(value)]) for name in fields]

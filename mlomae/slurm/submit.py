@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlomae.arguments import EXIT_OK, Parser, positive
@@ -61,16 +61,24 @@ def main(argv: Sequence[str]) -> int:
         shared += ["--deepspeed_config", known.deepspeed_config]
     shared += rest
     runs = _runs(known.sweep, shared)
-    job = _job(known, shared, runs)
+    job = _job(known, shared)
     folders: set[Path] = set()
-    for where, arguments in runs.items():
+    left: list[int] = []
+    for number, (where, arguments) in enumerate(runs.items(), start=1):
         try:
-            folder = _check(arguments, job.ranks, known.gpus_per_node)
+            folder, complete = _check(arguments, job.ranks, known.gpus_per_node)
             if folder in folders:
                 raise UserError(f"run_dir {folder}: another line has it too; give each run its own")
             folders.add(folder)
+            if not complete:
+                left.append(number)
+            elif number == len(runs) and not left:
+                raise UserError(f"run_dir {folder}: is complete already; see its result.json")
         except UserError as error:
             raise UserError(f"{where}{error}") from None
+    if known.sweep is not None:
+        # What is finished keeps its number: those of the other lines name their folders.
+        job = replace(job, options=[*job.options, "--array", ranges(left)])
     if known.dry_run:
         print(f"MLOMAE_PYTHON={shlex.quote(sys.executable)} {shlex.join(job.command)}")
         for path in (job.script, job.script.with_name("run.sh")):
@@ -130,13 +138,23 @@ def _runs(sweep: Path | None, shared: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def _job(known: argparse.Namespace, shared: Sequence[str], runs: dict[str, list[str]]) -> Job:
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as sbatch takes them: [1, 2, 3, 5] → "1-3,5"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ",".join("-".join(map(str, part)) for part in found)
+
+
+def _job(known: argparse.Namespace, shared: Sequence[str]) -> Job:
     name = "many_nodes" if known.nodes > 1 else "one_node"
     script = scripts_folder() / f"{name if known.sweep is None else 'sweep'}.sbatch"
     options = ["--nodes", str(known.nodes)]
     arguments = list(shared)
     if known.sweep is not None:
-        options += ["--array", f"1-{len(runs)}"]
         arguments = [str(known.sweep), str(parse(shared)[0].run_dir), *shared]
     tasks = known.gpus_per_node
     if known.gpus_per_node == 0:
@@ -153,8 +171,12 @@ def _job(known: argparse.Namespace, shared: Sequence[str], runs: dict[str, list[
     return Job(script, options, arguments, known.nodes * tasks)
 
 
-def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> Path:
-    """Whatever would end the run in its first minute and can be seen from here; returns its folder."""
+def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> tuple[Path, bool]:
+    """Whatever would end the run in its first minute and can be seen from here.
+
+    Returns:
+        Its folder, and whether that holds its result already.
+    """
     from mlomae.run_dir import RunDir, Status
 
     config, ds_path = parse(arguments)
@@ -172,9 +194,8 @@ def _check(arguments: Sequence[str], ranks: int, gpus: int | None) -> Path:
     share, parts = config.pretrain.batch_size // ranks, config.pretrain.micro_batches
     if share % parts:
         raise UserError(f"pretrain.micro_batches: {parts} does not divide a rank's batch of {share} images")
-    if RunDir(config.run_dir, config).claim(primary=False) is Status.COMPLETE:
-        raise UserError(f"run_dir {config.run_dir}: is complete already; see its result.json")
-    return config.run_dir
+    complete = RunDir(config.run_dir, config).claim(primary=False) is Status.COMPLETE
+    return config.run_dir, complete
 
 
 def _sbatch(command: Sequence[str]) -> str:

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from mlomae.arguments import EXIT_OK, EXIT_PROBLEMS
-from mlomae.config import load_config
 from mlomae.errors import UserError
-from mlomae.precision import resolve_precision
 from mlomae.preemption import Preemption
-from mlomae.run_dir import write_atomically
+from mlomae.report.lines import read_object
+from mlomae.run_dir import to_json, write_atomically
 from mlomae.slurm import submit
-from mlomae.study.plan import PlannedRun, Study, in_yaml, load_study, plan_runs
+from mlomae.study.plan import PlannedRun, Study, load_study, plan_runs
 from mlomae.study.plots import draw
 from mlomae.study.report import render
 from mlomae.study.results import Results, done, gather, load_results
 from mlomae.study.schedule import Scheduler
 
-RESULTS, REPORT, RUNS, SWEEP = "results.json", "report.md", "runs", "sweep.txt"
+RESULTS, REPORT, RUNS, PLACE = "results.json", "report.md", "runs", "planned.json"
 
 
-def open_study(file: Path, out: Path | None) -> OpenStudy:
+def open_study(file: Path, out: Path | None, slurm: Sequence[str] | None = None) -> OpenStudy:
     """A study file with the folder of its results, by default below ``runs``.
+
+    Args:
+        slurm: options of ``mlomae submit``, where its runs go to Slurm.
 
     Raises:
         UserError: the study is wrong.
     """
     out = out or Path("runs") / file.stem
     study, gpus = load_study(file), _gpus()
-    return OpenStudy(study, plan_runs(study, out / RUNS, _estimator(study, bool(gpus))), out, gpus)
+    on_gpus = _on_gpus(out, gpus, slurm)
+    return OpenStudy(study, plan_runs(study, out / RUNS, on_gpus), out, gpus, on_gpus)
 
 
 def tell_again(file: Path, out: Path | None) -> int:
@@ -61,12 +66,14 @@ class OpenStudy:
         planned: all runs.
         out: receives everything.
         gpus: that this process may use, by their CUDA names.
+        on_gpus: whether its runs are planned for GPUs.
     """
 
     study: Study
     planned: Sequence[PlannedRun]
     out: Path
     gpus: Sequence[str]
+    on_gpus: bool
 
     def carry_out(self, jobs: int | None) -> int:
         """Trains and evaluates what is left, then writes results and report.
@@ -78,7 +85,7 @@ class OpenStudy:
         def tell(line: str) -> None:
             print(line, flush=True)
 
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._keep_place()
         left = self._left()
         try:
             with Preemption():
@@ -117,11 +124,18 @@ class OpenStudy:
         if not ready:
             print("nothing to submit")
             return EXIT_OK
-        self.out.mkdir(parents=True, exist_ok=True)
-        sweep = self.out / SWEEP
-        write_atomically(sweep, "".join(f"{shlex.join(run.flags)}\n" for run in ready).encode())
+        self._keep_place()
+        lines = "".join(f"{shlex.join(run.flags)}\n" for run in ready).encode()
+        # Never one that is there already: tasks read their line whenever they begin or are requeued.
+        sweep = self.out / f"sweep-{hashlib.sha256(lines).hexdigest()[:8]}.txt"
+        write_atomically(sweep, lines)
         words = ["--config", str(self.study.recipe), "--sweep", str(sweep), "--run-dir", str(self.out / RUNS)]
         return submit.main([*words, *options])
+
+    def _keep_place(self) -> None:
+        """Lengths at equal FLOPs depend on the estimators, and these on the device: the first plan counts."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / PLACE, to_json({"on_gpus": self.on_gpus}).encode())
 
     def _left(self) -> list[PlannedRun]:
         """Runs that an earlier results file does not tell of, or that another of these starts from."""
@@ -154,9 +168,12 @@ def _gpus() -> list[str]:
     return [name for name in named.split(",") if name][:count] if named else [str(n) for n in range(count)]
 
 
-def _estimator(study: Study, on_gpu: bool) -> str:
-    """Of the influence, as runs on this machine resolve it."""
-    config = load_config(study.recipe, in_yaml(study.set))
-    device = torch.device("cuda" if on_gpu and config.device != "cpu" else "cpu")
-    bf16 = resolve_precision(config.compute.precision, device, None) == "bf16"
-    return config.hypergradient.resolve_estimator(bf16, whole_weights=True)
+def _on_gpus(out: Path, gpus: Sequence[str], slurm: Sequence[str] | None) -> bool:
+    """Whether a study's runs are planned for GPUs: as they were before, else where they will run."""
+    before = read_object(out / PLACE)
+    if before is not None and isinstance(before.get("on_gpus"), bool):
+        return bool(before["on_gpus"])
+    if slurm is None:
+        return bool(gpus)
+    words = " ".join(slurm).replace("=", " ").split()
+    return ("--gpus-per-node", "0") not in pairwise(words)

@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
 
     if known.file.suffix == ".json":
         return actions.tell_again(known.file, known.out)
-    study = actions.open_study(known.file, known.out)
+    study = actions.open_study(known.file, known.out, rest if known.slurm else None)
     if known.slurm:
         return study.submit([*rest, *(["--dry-run"] if known.dry_run else [])])
     if known.dry_run:

@@ -24,6 +24,7 @@ from mlomae.config_errors import describe
 from mlomae.errors import UserError
 from mlomae.flops import iteration_flops
 from mlomae.recipes import find_recipe
+from mlomae.run_dir import RunDir, Status
 from mlomae.sections import Positive, Section
 
 Budget = Literal["steps", "flops"]
@@ -142,8 +143,11 @@ class PlannedRun:
 
     @property
     def trained(self) -> bool:
-        """Whether its folder holds a result."""
-        return (self.path / "result.json").exists()
+        """Whether its folder holds a result of this very configuration."""
+        try:
+            return RunDir(self.path, self.config).claim(primary=False) is Status.COMPLETE
+        except UserError:  # of another one, or none of a run
+            return False
 
     @property
     def flags(self) -> list[str]:
@@ -220,6 +224,11 @@ def _check(study: Study) -> None:
                 raise UserError(f"{where}.{field}: {other} has this field too; name an arm without it")
             if missing := study.seeds_of(name) - study.seeds_of(other):
                 raise UserError(f"{where}.seeds: {other} has no runs of {sorted(missing)}")
+        if arm.against is not None:
+            wanted, there = (set(study.arms[one].budgets or study.budgets) for one in (name, arm.against))
+            if wanted - there:
+                lacking = ", ".join(sorted(wanted - there))
+                raise UserError(f"{where}.budgets: {arm.against} has no runs under {lacking}")
         if arm.steps is not None and arm.against is not None:
             raise UserError(f"{where}.steps: belongs to its baseline, {arm.against}")
         _refuse_owned(f"{where}.set", arm.set)
@@ -231,17 +240,17 @@ def _refuse_owned(where: str, settings: Settings) -> None:
             raise UserError(f"{where}.{field}: the study decides it; leave it out")
 
 
-def plan_runs(study: Study, runs: Path, estimator: str | None = None) -> list[PlannedRun]:
+def plan_runs(study: Study, runs: Path, on_gpus: bool = False) -> list[PlannedRun]:
     """All runs, seed after seed, so that what is done first can be compared first.
 
     Args:
         runs: the folder of their folders.
-        estimator: see ``iteration_flops``.
+        on_gpus: where they will run, which decides what ``auto`` is, and so the FLOPs.
 
     Raises:
         UserError: a setting is wrong; or the budget of an arm does not buy one iteration.
     """
-    lengths = {name: _lengths(study, name, estimator) for name in study.arms}
+    lengths = {name: _lengths(study, name, on_gpus) for name in study.arms}
     seeds = sorted({seed for name in study.arms for seed in study.seeds_of(name)})
     # A run whose encoder others start from comes before them.
     names = sorted(study.arms, key=lambda name: study.arms[name].start_from is not None)
@@ -254,13 +263,13 @@ def plan_runs(study: Study, runs: Path, estimator: str | None = None) -> list[Pl
                 settings = {"seed": str(seed), "iterations": str(iterations)}
                 folder = runs / f"{name}/{iterations}-seed{seed}"
                 config = _resolve(study, name, settings | {"run_dir": str(folder)}, source)
-                flops = iterations * _flops(config, estimator)
+                flops = iterations * _flops(config, on_gpus)
                 words = _settings(study, name, source) | settings
                 planned.append(PlannedRun(name, seed, budgets, words, config, flops, source))
     return planned
 
 
-def _lengths(study: Study, name: str, estimator: str | None) -> dict[int, tuple[Budget, ...]]:
+def _lengths(study: Study, name: str, on_gpus: bool) -> dict[int, tuple[Budget, ...]]:
     """Outer iterations that an arm takes, and the budgets under which it takes so many."""
     arm, base = study.arms[name], study.arms[name].against or name
     own, lower = (_resolve(study, arm_or_base, {}, None) for arm_or_base in (name, base))
@@ -269,9 +278,7 @@ def _lengths(study: Study, name: str, estimator: str | None) -> dict[int, tuple[
     for budget in arm.budgets or study.budgets:
         iterations = steps / own.pretrain.unroll_steps
         if budget == "flops":
-            iterations = (
-                steps / lower.pretrain.unroll_steps * _flops(lower, estimator) / _flops(own, estimator)
-            )
+            iterations = steps / lower.pretrain.unroll_steps * _flops(lower, on_gpus) / _flops(own, on_gpus)
         whole = round(iterations)
         if not whole:
             raise UserError(f"arms.{name}: {steps} steps of its baseline do not buy one outer iteration")
@@ -279,8 +286,11 @@ def _lengths(study: Study, name: str, estimator: str | None) -> dict[int, tuple[
     return found
 
 
-def _flops(config: Config, estimator: str | None) -> float:
+def _flops(config: Config, on_gpus: bool) -> float:
     """Of one outer iteration."""
+    precision = config.compute.precision
+    bf16 = precision == "bf16" or (precision == "auto" and on_gpus and config.device != "cpu")
+    estimator = config.hypergradient.resolve_estimator(bf16, whole_weights=True)
     return sum(iteration_flops(config, estimator=estimator).values())
 
 

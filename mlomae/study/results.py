@@ -121,7 +121,7 @@ def gather(study: Study, planned: Sequence[PlannedRun], before: Results | None) 
         digest, figures = run.digest(study), _figures(study, run)
         if figures is None:
             if digest in known:
-                rows.append(replace(known[digest], arm=run.arm, budgets=run.budgets))
+                rows.append(replace(known[digest], arm=run.arm, budgets=run.budgets, flops=run.flops))
             continue
         (told,) = read_runs([run.path])
         assert told.result is not None and told.environment is not None
@@ -138,7 +138,7 @@ def done(results: Results | None) -> dict[str, Row]:
 
 def _figures(study: Study, run: PlannedRun) -> dict[str, float] | None:
     """Scores at the end of the run and of every evaluation; None as long as one is missing."""
-    result = read_object(run.path / "result.json")
+    result = read_object(run.path / "result.json") if run.trained else None
     if result is None:
         return None
     figures = {name: result[name] for name in _AT_THE_END if result.get(name) is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import stdev
 
 import pytest
+import yaml
 
 from mlomae.report.evaluations import evaluation_tables, result_table, seed_table
 from mlomae.report.machine import machine_table, settings
@@ -47,6 +48,16 @@ def test_results_are_compared_with_random_masks_of_the_same_seed(runs: list[Run]
     assert "random mask" in table.note
 
 
+def test_other_loader_processes_are_no_other_data(tmp_path: Path) -> None:
+    learned = make_run(tmp_path / "learned", Made(logged=1, pictured=0))
+    random = make_run(tmp_path / "random", Made(policy="random", logged=1, pictured=0))
+    config = yaml.safe_load((random / "config.yaml").read_text())
+    config["data"]["workers"] += 3
+    (random / "config.yaml").write_text(yaml.safe_dump(config))
+    table = result_table(read_runs([learned, random]))
+    assert table is not None and "random mask" in table.note
+
+
 def test_results_on_other_data_are_not_compared(tmp_path: Path) -> None:
     learned = make_run(tmp_path / "learned", Made(logged=1, pictured=0))
     random = make_run(tmp_path / "random", Made(policy="random", logged=1, pictured=0))
@@ -69,6 +80,11 @@ def test_means_over_seeds(runs: list[Run]) -> None:
     assert [value.text for value in column(table, "Seeds")] == ["2", "2"]
     spread = 100 * stdev([0.465, 0.469])
     assert column(table, "k-NN accuracy")[0].text == f"46.70 ± {spread:.2f} %"
+    # A seed that was run twice is no third one.
+    again = seed_table([runs[0], runs[1], runs[0]])
+    assert again is not None
+    assert [value.text for value in column(again, "Seeds")] == ["2"]
+    assert column(again, "k-NN accuracy")[0].text == f"46.70 ± {spread:.2f} %"
 
 
 def test_runs_of_one_seed_or_of_other_data_are_no_repetitions(runs: list[Run], tmp_path: Path) -> None:

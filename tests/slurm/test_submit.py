@@ -167,6 +167,26 @@ def test_directory_of_another_run_is_refused(
     assert "is complete already" in refusal(capsys, recipe, *options, "--seed", "5")
 
 
+def test_a_sweep_is_submitted_again_without_what_is_complete(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("".join(f"--seed {seed}\n" for seed in range(1, 7)))
+
+    def finish(*numbers: int) -> None:
+        for number in numbers:
+            run = tmp_path / "run" / str(number)
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(dump_config(tiny_config({"run_dir": run, "seed": number})))
+            (run / "result.json").write_text("{}")
+
+    finish(1, 4, 6)
+    words = command(capsys, recipe, "--sweep", sweep)
+    assert words[words.index("--array") + 1] == "2-3,5"
+    finish(2, 3, 5)
+    assert "run 6: run_dir" in refusal(capsys, recipe, "--sweep", sweep)
+
+
 def test_refusal_of_slurm_is_one_line(recipe: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition\nspecified: x' >&2\nexit 1\n")
     expected = "submit: sbatch: error: invalid partition specified: x"

@@ -67,6 +67,25 @@ def test_seed_after_seed_and_sources_before_what_starts_from_them(tmp_path: Path
     assert continued.config.model.weights == str(source.path)
 
 
+def test_an_arms_own_estimator_and_the_device_decide_its_flops(tmp_path: Path) -> None:
+    base = {"hypergradient.check_every": 0}
+    arms = {
+        name: {"set": {**base, "hypergradient.estimator": name}}
+        for name in ("auto", "fd", "fd-forward", "jvp")
+    }
+    study = load_study(write_study(tmp_path, arms=arms, budgets=["steps"]))
+
+    def flops(on_gpus: bool) -> dict[str, float]:
+        return {run.arm: run.flops for run in plan_runs(study, tmp_path, on_gpus)}
+
+    on_cpus, on_gpus = flops(False), flops(True)
+    assert on_cpus["fd-forward"] < on_cpus["fd"] < on_cpus["jvp"]
+    # The recipe says cpu, whatever is there.
+    assert on_cpus == on_gpus and on_cpus["auto"] == on_cpus["fd"]
+    study = load_study(write_study(tmp_path, arms=arms, budgets=["steps"], set={"device": "auto"}))
+    assert flops(False)["auto"] == on_cpus["fd"] and flops(True)["auto"] == on_cpus["jvp"]
+
+
 def test_every_run_has_its_own_folder(tmp_path: Path) -> None:
     runs = plan(tmp_path, steps=100, seeds=[0, 1, 2])
     assert len({run.path for run in runs}) == len(runs) == 9
@@ -119,6 +138,10 @@ def test_another_evaluation_has_another_folder(tmp_path: Path) -> None:
         ("arms: {a: {}, b: {start_from: a}, c: {start_from: b}}", "arms.c.start_from: b has this field too"),
         ("arms: {a: {}, b: {against: a, steps: 4}}", "arms.b.steps: belongs to its baseline, a"),
         ("arms: {a: {}, b: {against: a, seeds: [0, 7]}}", "arms.b.seeds: a has no runs of [7]"),
+        (
+            "arms: {a: {budgets: [flops]}, b: {against: a, budgets: [steps]}}",
+            "arms.b.budgets: a has no runs under steps",
+        ),
         ("arms: {a/b: {}}", "arms.a/b: names become folders"),
         ("arms: {a: {sett: {}}}", "arms.a.sett: unknown key; did you mean 'set'?"),
         ("arms: {a: {set: {seed: 3}}}", "arms.a.set.seed: the study decides it"),

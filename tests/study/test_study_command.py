@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from mlomae.cli import main
+from mlomae.config import dump_config
 from mlomae.errors import Preempted
 from mlomae.report.reading import read_runs
-from mlomae.study import schedule
+from mlomae.study import actions, schedule
 from mlomae.study.plan import load_study, plan_runs
 from mlomae.study.results import curves
 from mlomae.study.schedule import Scheduler, commands
@@ -124,6 +126,11 @@ def test_a_changed_study_does_not_pass_off_old_runs_as_its_own(
     (out / "runs" / "random").symlink_to(done / "out" / "runs" / "random")
     assert main(["study", str(study), "--out", str(out)]) == 1
     assert "holds a different run (pretrain.lr is " in capsys.readouterr().out
+    # Nor does the next call believe them.
+    assert not (out / "results.json").exists()
+    assert main(["study", str(study), "--out", str(out)]) == 1
+    assert main(["study", str(study), "--out", str(out), "--dry-run"]) == 0
+    assert "trained" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -246,19 +253,40 @@ def test_a_file_that_holds_no_results(
 def test_what_is_left_becomes_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = write_study(tmp_path, seeds=[0, 1], arms={**ARMS, "continued": CONTINUED})
     out = tmp_path / "out"
-    finished = out / "runs/random/4-seed0"
+    (random,) = (run for run in plan_runs(load_study(study), out / "runs") if run.name == "random/4-seed0")
+    finished = random.path
     finished.mkdir(parents=True)
+    (finished / "config.yaml").write_text(dump_config(random.config))
     (finished / "result.json").write_text("{}")
     words = ["study", str(study), "--out", str(out), "--slurm", "--gpus-per-node", "1", "--time", "1:00:00"]
     assert main([*words, "--dry-run"]) == 0
 
     printed = capsys.readouterr().out
-    lines = (out / "sweep.txt").read_text().splitlines()
+    (sweep,) = out.glob("sweep-*.txt")
+    lines = sweep.read_text().splitlines()
     # Both budgets of learned, and what starts from the finished run; not what waits for the other.
     assert len(lines) == 6 and f"--array 1-{len(lines)}" in printed and "--time 1:00:00" in printed
     assert not any(str(finished) in line and "weights" not in line for line in lines)
     assert "continued/4-seed1: waits for" in printed
     assert any("--model.weights" in line for line in lines)
+    # Tasks read their line again when they are requeued: what is submitted later has a file of its own.
+    (finished / "result.json").unlink()
+    assert main([*words, "--dry-run"]) == 0
+    assert sweep.read_text().splitlines() == lines and len(list(out.glob("sweep-*.txt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpus"), [(["--gpus-per-node", "1"], True), ([], True), (["--gpus-per-node=0"], False)]
+)
+def test_a_study_stays_planned_for_the_machine_that_it_was_first_planned_for(
+    options: list[str], on_gpus: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A login node without GPUs plans for those of the job; a later call anywhere finds the same runs."""
+    study, out = write_study(tmp_path), tmp_path / "out"
+    assert main(["study", str(study), "--out", str(out), "--slurm", "--dry-run", *options]) == 0
+    assert json.loads((out / "planned.json").read_text()) == {"on_gpus": on_gpus}
+    assert actions.open_study(study, out).on_gpus is on_gpus
+    assert not actions.open_study(study, tmp_path / "other").on_gpus or torch.cuda.is_available()
 
 
 def test_an_unknown_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
