@@ -73,7 +73,7 @@ def test_a_resumed_stream_repeats_the_batches(make_config: MakeConfig, level: st
     first = getattr(LevelLoaders(config), level)
     assert_same(take(first, 2), reference[:2])
     state = first.state_dict()
-    assert state == {"next": 2}  # whatever the workers have prefetched
+    assert state["next"] == 2  # whatever the workers have prefetched
     resumed = getattr(LevelLoaders(config), level)
     resumed.load_state_dict(state)
     assert_same(take(resumed, 4), reference[2:])

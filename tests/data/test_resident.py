@@ -53,7 +53,8 @@ def test_resident_batches_are_the_streamed_ones(
             a, b = inside.next(), outside.next()
             assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
             assert (a.number, a.first_row) == (b.number, b.first_row)
-        assert inside.state_dict() == outside.state_dict() == {"next": 12}
+        assert inside.state_dict() == outside.state_dict()
+        assert inside.state_dict()["next"] == 12
 
 
 def test_a_resident_stream_continues_where_it_was(make_config: MakeConfig) -> None:
