@@ -130,10 +130,21 @@ def test_a_run_that_has_not_begun_stops_at_once(
 def test_a_signal_while_an_image_is_decoded_does_not_damage_it(
     fill_images: Callable[..., Path], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, more = decoding._convert, ["--data.dataset", "folder", "--data.path", str(fill_images(mode="L"))]
-    monkeypatch.setattr(decoding, "_convert", lambda *given: (send(signal.SIGUSR1), decode(*given))[1])
+    convert, evaluate, due, sent = decoding._convert, Trainer.evaluate, list[int](), list[int]()
 
-    assert start(recipe, tmp_path / "run", *more, "--data.workers", "0") == EXIT_PREEMPTED
+    def interrupted(*given: Any) -> Any:
+        if due and not sent:  # a later one might find nobody who handles it, and end the tests
+            sent.append(1)
+            send(signal.SIGUSR1)
+        return convert(*given)
+
+    monkeypatch.setattr(decoding, "_convert", interrupted)
+    monkeypatch.setattr(Trainer, "evaluate", lambda trainer: (due.append(1), evaluate(trainer))[1])
+    more = ["--data.dataset", "folder", "--data.path", str(fill_images(mode="L"))]
+    more += ["--data.workers", "0", "--data.resident", "never", "--data.test_fraction", "0.3"]
+
+    assert start(recipe, tmp_path / "run", *more) == EXIT_PREEMPTED
+    assert sent
     assert not list(tmp_path.rglob("bad_samples.jsonl"))
 
 
