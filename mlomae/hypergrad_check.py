@@ -127,9 +127,8 @@ class _Measured:
 
     def check(self) -> Check:
         own = Hypergradient(self.config, self.pretrain.engine, self.head.problem)
-        own.direction(
-            self.train, self.heldout, self.iteration
-        )  # the first call also compiles, or loads kernels
+        # The first call also compiles, or loads kernels.
+        own.direction(self.train, self.heldout, self.iteration)
         started = self._now()
         direction = own.direction(self.train, self.heldout, self.iteration)
         direction_seconds = self._now() - started

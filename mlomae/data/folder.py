@@ -113,9 +113,8 @@ class FilesSource:
         path = self._root / self.keys[index]
         try:
             return path.read_bytes()
-        except _LOST as error:
-            raise BadSample("unreadable", f"cannot be read ({error.strerror})") from None
-        except OSError as error:  # of a disk or a network, which may come back
-            if error.errno in _NO_NAME:
+        except OSError as error:
+            if isinstance(error, _LOST) or error.errno in _NO_NAME:
                 raise BadSample("unreadable", f"cannot be read ({error.strerror})") from None
+            # Of a disk or a network, which may come back.
             return with_retries(path.read_bytes, str(path))

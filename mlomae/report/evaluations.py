@@ -53,8 +53,8 @@ def _baseline(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         return {}
 
     def data(of: Run) -> dict[str, Any]:
-        fields = {name: value for name, value in of.config.items() if name.startswith("data.")}
-        return {name: value for name, value in fields.items() if name not in _NO_SETTING}
+        names = {name for name in of.config if name.startswith("data.")} - _NO_SETTING
+        return {name: of.config[name] for name in names}
 
     found = [
         other for other in runs if other.policy == "random" and other.result and data(other) == data(run)

@@ -170,9 +170,9 @@ def _gpus() -> list[str]:
 
 def _on_gpus(out: Path, gpus: Sequence[str], slurm: Sequence[str] | None) -> bool:
     """Whether a study's runs are planned for GPUs: as they were before, else where they will run."""
-    before = read_object(out / PLACE)
-    if before is not None and isinstance(before.get("on_gpus"), bool):
-        return bool(before["on_gpus"])
+    before = (read_object(out / PLACE) or {}).get("on_gpus")
+    if isinstance(before, bool):
+        return before
     if slurm is None:
         return bool(gpus)
     words = " ".join(slurm).replace("=", " ").split()

@@ -10,25 +10,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlomae.cli import main
-from mlomae.trainer import Trainer
-from tests.integration.tiny import train_and_die
+from tests.integration.tiny import kill, train_and_meet
 
 
-def run_out_of_memory(argv: list[str], iteration: int) -> int:
-    iterate = Trainer.iterate
-
-    def last(self: Trainer, current: int) -> object:
-        if current == iteration:
-            raise MemoryError
-        return iterate(self, current)
-
-    setattr(Trainer, "iterate", last)  # noqa: B010 - a plain assignment would not type-check
-    return main(argv)
+def run_out_of_memory() -> None:
+    raise MemoryError
 
 
 if __name__ == "__main__":
     end, iteration, *words = sys.argv[1:]
     argv = ["train", *words]
     if os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        sys.exit({"killed": train_and_die, "memory": run_out_of_memory}[end](argv, int(iteration)))
+        sys.exit(train_and_meet({"killed": kill, "memory": run_out_of_memory}[end], argv, int(iteration)))
     sys.exit(main(argv))

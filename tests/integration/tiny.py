@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,23 @@ def without_evaluation() -> None:
     setattr(Trainer, "evaluate", TrainOnly.evaluate)  # noqa: B010 - a plain assignment would not type-check
 
 
-def train_and_die(argv: list[str], iteration: int) -> None:
-    """Runs ``main`` and kills its own process before ``iteration``, as an outside SIGKILL would."""
+def train_and_meet(end: Callable[[], object], argv: list[str], iteration: int) -> int:
+    """Runs ``main``, whose training meets ``end`` before ``iteration``; returns the exit code."""
     iterate = Trainer.iterate
 
     def last(self: Trainer, current: int) -> object:
         if current == iteration:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         return iterate(self, current)
 
     setattr(Trainer, "iterate", last)  # noqa: B010 - a plain assignment would not type-check
-    main(argv)
+    return main(argv)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(argv: list[str], iteration: int) -> None:
+    """Runs ``main`` and kills its own process before ``iteration``, as an outside SIGKILL would."""
+    train_and_meet(kill, argv, iteration)
